@@ -1,0 +1,2 @@
+//! The devices of the PC.
+#![forbid(unsafe_code)]

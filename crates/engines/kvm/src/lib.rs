@@ -1,0 +1,1 @@
+//! The host's KVM as an engine.

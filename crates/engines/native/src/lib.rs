@@ -1,0 +1,1 @@
+//! Runs one unprivileged compute instruction on the host's processor.

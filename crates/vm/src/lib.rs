@@ -1,0 +1,2 @@
+//! A virtual machine as its owner knows it.
+#![forbid(unsafe_code)]

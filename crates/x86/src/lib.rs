@@ -1,0 +1,3 @@
+//! What an x86 processor is, as types.
+#![no_std]
+#![forbid(unsafe_code)]
