@@ -1,2 +1,34 @@
-//! What a PC is: buses, interrupt controllers, timers, canonical state, and the traits that engines and devices implement.
+//! What a PC is, without saying what runs it or what is plugged in: buses, interrupt controllers, clock and timers, the
+//! canonical CPU state, and the traits that engines ([`cpu::Vcpu`]) and devices ([`bus::Registers`]) implement.
+//!
+//! Knows no engine and no device: only the `vm` crate puts them together.
 #![forbid(unsafe_code)]
+
+pub mod bus;
+pub mod clock;
+pub mod cpu;
+pub mod irq;
+pub mod power;
+
+use std::sync::Arc;
+
+pub use bus::{Bus, Registers};
+pub use clock::{Clock, Timer, Timers};
+pub use memory::{Gpa, Memory};
+pub use power::Power;
+
+/// What all vCPUs and devices of one VM share.
+pub struct Machine {
+    /// RAM and ROM.
+    pub memory: Memory,
+    /// The 64 KiB of I/O ports.
+    pub ports: Bus,
+    /// Guest-physical addresses that are no memory.
+    pub mmio: Bus,
+    /// Guest time.
+    pub clock: Arc<Clock>,
+    /// What is to happen later in guest time.
+    pub timers: Timers,
+    /// How the machine ends.
+    pub power: Power,
+}

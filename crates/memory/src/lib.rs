@@ -1,1 +1,27 @@
-//! Guest memory.
+//! Guest memory: one block of host memory that holds all of a guest's RAM and ROM.
+//!
+//! Three views of the same bytes:
+//! * by guest-physical address through [`vm_memory`]'s traits ([`Memory::guest`]), for loaders and devices;
+//! * by *offset* into the block ([`Memory::load`], [`Memory::store`], …), for engines, whose TLBs hold offsets: a bounds
+//!   check and a host access, nothing else;
+//! * as host mappings ([`Memory::slots`]), for KVM.
+//!
+//! Every store, by whichever way, tells the [`code::CodeMap`], so that an engine that caches decoded or translated code
+//! learns that it changed.
+//!
+//! Guest memory is shared between vCPU threads and devices, with data races that the guest decides on. It is never
+//! borrowed as a Rust reference: all accesses are copies through volatile or atomic operations.
+
+pub mod code;
+mod layout;
+mod ram;
+
+pub use code::CodeMap;
+pub use layout::{HOLE_END, HOLE_START, Kind, Region, layout};
+pub use ram::{Error, Int, Memory, Slot};
+
+/// Bytes in a page.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// A guest-physical address.
+pub type Gpa = u64;

@@ -1,0 +1,396 @@
+//! The block of host memory, and the ways into it.
+
+use std::arch::asm;
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::{CodeMap, Gpa, Kind, PAGE_SIZE, Region, layout};
+
+/// Why guest memory could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A size that is no multiple of the page size, or under 1 MiB.
+    #[error("{0} bytes is no size for a guest's memory; give a multiple of 4 KiB, at least 1 MiB")]
+    Size(u64),
+    /// The host refused.
+    #[error("the host did not give {0} MiB of memory to the guest: {1}; ask for less with --memory")]
+    Host(u64, std::io::Error),
+    /// The regions do not go together.
+    #[error("the guest's memory regions cannot be laid out: {0}")]
+    Layout(String),
+}
+
+/// The guest-physical view: what loaders and devices use, by vm-memory's traits.
+pub type Guest = GuestMemoryMmap<Tracker>;
+
+/// A guest's memory. Clones share the same bytes.
+#[derive(Clone)]
+pub struct Memory(Arc<Inner>);
+
+struct Inner {
+    block: Block,
+    regions: Vec<Region>,
+    guest: Guest,
+    code: Arc<CodeMap>,
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory").field("regions", &self.0.regions).finish_non_exhaustive()
+    }
+}
+
+/// A region as KVM wants it.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot {
+    /// Where it is in the guest, and what.
+    pub region: Region,
+    /// Where it is in this process.
+    pub host: *mut u8,
+}
+
+/// An integer that guest memory can be read and written as: `u8`, `u16`, `u32`, `u64` or `u128`.
+pub trait Int: Copy + Eq + private::Sealed + 'static {}
+
+mod private {
+    pub trait Sealed: Sized {
+        /// Atomically replaces `*p`, at any alignment (16 for `u128`), if it equals `old`; the value that was there.
+        ///
+        /// # Safety
+        /// `p` is valid for reads and writes of `Self`, and all other accesses to it are volatile or atomic.
+        unsafe fn cmpxchg(p: *mut Self, old: Self, new: Self) -> Self;
+    }
+}
+
+macro_rules! int {
+    ($($t:ty, $reg:ident, $form:literal, $acc:tt);*) => {$(
+        impl Int for $t {}
+        impl private::Sealed for $t {
+            #[inline]
+            unsafe fn cmpxchg(p: *mut Self, old: Self, new: Self) -> Self {
+                let found: Self;
+                // SAFETY: by the caller's promise; LOCK CMPXCHG is atomic at every alignment, which Rust's atomics are not.
+                unsafe {
+                    asm!(concat!("lock cmpxchg [{p}], {new", $form, "}"), p = in(reg) p, new = in($reg) new,
+                         inout($acc) old => found, options(nostack));
+                }
+                found
+            }
+        }
+    )*};
+}
+int!(u8, reg_byte, "", "al"; u16, reg, ":x", "ax"; u32, reg, ":e", "eax"; u64, reg, ":r", "rax");
+
+impl Int for u128 {}
+impl private::Sealed for u128 {
+    #[inline]
+    unsafe fn cmpxchg(p: *mut Self, old: Self, new: Self) -> Self {
+        let (low, high): (u64, u64);
+        // SAFETY: by the caller's promise. RBX is LLVM's: it is swapped in and out. Every x86-64 processor since 2006 has it.
+        unsafe {
+            asm!("xchg {b}, rbx", "lock cmpxchg16b [{p}]", "mov rbx, {b}",
+                 p = in(reg) p, b = inout(reg) new as u64 => _, in("rcx") (new >> 64) as u64,
+                 inout("rax") old as u64 => low, inout("rdx") (old >> 64) as u64 => high, options(nostack));
+        }
+        (high as u128) << 64 | low as u128
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned<T: Copy>(T);
+
+/// The mapping itself.
+struct Block {
+    base: NonNull<u8>,
+    len: u64,
+    file: File,
+}
+
+// SAFETY: the mapping is shared memory, reached by raw pointers with volatile and atomic accesses alone.
+unsafe impl Send for Block {}
+// SAFETY: as above.
+unsafe impl Sync for Block {}
+
+impl Block {
+    fn new(len: u64) -> std::io::Result<Self> {
+        // SAFETY: the name is a C string; the result is checked before it is owned.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"lodge-guest".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            File::from(OwnedFd::from_raw_fd(fd))
+        };
+        file.set_len(len)?;
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses, of a file that we own.
+        let base = unsafe { libc::mmap(ptr::null_mut(), len as usize, prot, flags, file.as_raw_fd(), 0) };
+        if base == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: advice about our own mapping. Guests' memory in core dumps helps nobody and fills disks.
+        unsafe { libc::madvise(base, len as usize, libc::MADV_DONTDUMP) };
+        let base = NonNull::new(base.cast()).ok_or_else(|| std::io::Error::other("mapped at address 0"))?;
+        Ok(Self { base, len, file })
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, to which no reference or region outlives `Inner`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len as usize) };
+    }
+}
+
+impl Memory {
+    /// Memory with `ram` bytes of RAM and `rom` bytes of firmware space below 4 GiB, laid out by [`layout`]. Host memory is
+    /// taken when it is touched.
+    ///
+    /// # Errors
+    /// Sizes that are no multiple of the page size, or a host that refuses.
+    pub fn new(ram: u64, rom: u64) -> Result<Self, Error> {
+        let whole = |size: u64| size.is_multiple_of(PAGE_SIZE) && size < 1 << 46;
+        if ram < 1 << 20 || !whole(ram) || !whole(rom) || rom > 16 << 20 {
+            return Err(Error::Size(ram));
+        }
+        Self::with_regions(layout(ram, rom), ram + rom).map_err(|error| match error {
+            Error::Host(_, e) => Error::Host(ram >> 20, e),
+            other => other,
+        })
+    }
+
+    fn with_regions(regions: Vec<Region>, len: u64) -> Result<Self, Error> {
+        let block = Block::new(len).map_err(|e| Error::Host(len >> 20, e))?;
+        let code = Arc::new(CodeMap::new(len));
+        let mut mapped = Vec::new();
+        for region in &regions {
+            let tracker = Tracker { code: code.clone(), base: region.offset };
+            // SAFETY: regions lie inside the block by construction in `layout`.
+            let host = unsafe { block.base.as_ptr().add(region.offset as usize) };
+            let file = block.file.try_clone().map_err(|e| Error::Host(len >> 20, e))?;
+            // SAFETY: the pointer is part of a mapping that outlives the region: both are in `Inner`, regions first.
+            let map = unsafe {
+                MmapRegionBuilder::new_with_bitmap(region.size as usize, tracker)
+                    .with_raw_mmap_pointer(host)
+                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                    .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                    .with_file_offset(FileOffset::new(file, region.offset))
+                    .build()
+            }
+            .map_err(|e| Error::Layout(e.to_string()))?;
+            mapped.push(GuestRegionMmap::new(map, GuestAddress(region.gpa)).ok_or_else(|| {
+                Error::Layout(format!("{region:x?} runs off the end of the address space"))
+            })?);
+        }
+        let guest = Guest::from_regions(mapped).map_err(|e| Error::Layout(e.to_string()))?;
+        Ok(Self(Arc::new(Inner { block, regions, guest, code })))
+    }
+
+    /// The guest-physical view, for loaders and devices. Stores through it invalidate cached code as all others do.
+    pub fn guest(&self) -> &Guest {
+        &self.0.guest
+    }
+
+    /// The regions, sorted by address.
+    pub fn regions(&self) -> &[Region] {
+        &self.0.regions
+    }
+
+    /// Bytes of RAM.
+    pub fn ram_size(&self) -> u64 {
+        self.0.regions.iter().filter(|r| r.kind == Kind::Ram).map(|r| r.offset + r.size).max().unwrap_or(0)
+    }
+
+    /// Bytes in the block, RAM and ROM: all offsets are below.
+    pub fn len(&self) -> u64 {
+        self.0.block.len
+    }
+
+    /// Never.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Which parts engines have cached as code.
+    pub fn code(&self) -> &CodeMap {
+        &self.0.code
+    }
+
+    /// The memfd behind the block, for engines that map it a second time.
+    pub fn file(&self) -> &File {
+        &self.0.block.file
+    }
+
+    /// The region that holds `gpa`.
+    #[inline]
+    pub fn region(&self, gpa: Gpa) -> Option<&Region> {
+        self.0.regions.iter().find(|r| gpa >= r.gpa && gpa - r.gpa < r.size)
+    }
+
+    /// The offset of `gpa` in the block.
+    #[inline]
+    pub fn offset(&self, gpa: Gpa) -> Option<u64> {
+        self.region(gpa).map(|r| gpa - r.gpa + r.offset)
+    }
+
+    /// Every region with its host address.
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        // SAFETY: regions lie inside the block by construction in `layout`.
+        self.0.regions.iter().map(|&region| Slot { region, host: unsafe { self.at(region.offset) } })
+    }
+
+    /// # Safety
+    /// `offset` is at most the block's length.
+    #[inline]
+    unsafe fn at(&self, offset: u64) -> *mut u8 {
+        // SAFETY: by the caller's promise, inside the mapping or one past its end.
+        unsafe { self.0.block.base.as_ptr().add(offset as usize) }
+    }
+
+    /// The host address of `T` at `offset`, if it lies in the block.
+    #[inline]
+    fn ptr<T: Int>(&self, offset: u64) -> Option<*mut T> {
+        if offset <= self.0.block.len - size_of::<T>() as u64 {
+            // SAFETY: just checked; the block is larger than any `T`.
+            Some(unsafe { self.at(offset) }.cast())
+        } else {
+            None
+        }
+    }
+
+    /// Reads a little-endian integer at `offset`, in one access of its size. Zero outside the block, which an offset from
+    /// [`Memory::offset`] never is.
+    #[inline]
+    pub fn load<T: Int + Default>(&self, offset: u64) -> T {
+        match self.ptr::<T>(offset) {
+            // SAFETY: in the block; volatile, for the guest's other vCPUs may write at any time; any bits are a `T`.
+            Some(p) => unsafe { p.cast::<Unaligned<T>>().read_volatile().0 },
+            None => T::default(),
+        }
+    }
+
+    /// Writes a little-endian integer at `offset`, in one access of its size. Tells whether cached code changed.
+    /// Like [`Memory::load`] it lies in one page.
+    #[inline]
+    pub fn store<T: Int>(&self, offset: u64, value: T) -> bool {
+        let Some(p) = self.ptr::<T>(offset) else { return false };
+        // SAFETY: in the block; volatile as in `load`.
+        unsafe { p.cast::<Unaligned<T>>().write_volatile(Unaligned(value)) };
+        self.0.code.stored(offset, size_of::<T>() as u64)
+    }
+
+    /// Atomically replaces the integer at `offset`, at any alignment (16 for `u128`: else `Err` with `old`), if it equals
+    /// `old`. `Ok` tells whether cached code changed, `Err` holds the value that was there.
+    #[inline]
+    pub fn compare_exchange<T: Int + Default>(&self, offset: u64, old: T, new: T) -> Result<bool, T> {
+        let Some(p) = self.ptr::<T>(offset) else { return Err(T::default()) };
+        if size_of::<T>() == 16 && !offset.is_multiple_of(16) {
+            return Err(old);
+        }
+        // SAFETY: in the block; every access to it is volatile or atomic; aligned where it has to be.
+        let found = unsafe { T::cmpxchg(p, old, new) };
+        if found == old { Ok(self.0.code.stored(offset, size_of::<T>() as u64)) } else { Err(found) }
+    }
+
+    /// Copies bytes out, from `offset`. What lies outside the block reads as zero.
+    pub fn read(&self, offset: u64, to: &mut [u8]) {
+        for (i, byte) in to.iter_mut().enumerate() {
+            *byte = self.load(offset.saturating_add(i as u64));
+        }
+    }
+
+    /// Copies bytes in, to `offset`. Tells whether cached code changed.
+    pub fn write(&self, offset: u64, from: &[u8]) -> bool {
+        from.iter()
+            .enumerate()
+            .fold(false, |hit, (i, &byte)| self.store(offset.saturating_add(i as u64), byte) | hit)
+    }
+}
+
+/// Tells the code map of stores that vm-memory makes.
+#[derive(Clone, Debug)]
+pub struct Tracker {
+    code: Arc<CodeMap>,
+    base: u64,
+}
+
+impl WithBitmapSlice<'_> for Tracker {
+    type S = Self;
+}
+
+impl BitmapSlice for Tracker {}
+
+impl Bitmap for Tracker {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.code.stored_range(self.base + offset as u64, len as u64);
+    }
+
+    fn dirty_at(&self, _: usize) -> bool {
+        false
+    }
+
+    fn slice_at(&self, offset: usize) -> Self {
+        Self { code: self.code.clone(), base: self.base + offset as u64 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn the_views_show_the_same_bytes() {
+        let memory = Memory::new(16 << 20, 0x1_0000).unwrap();
+        memory.guest().write_obj(0x1122_3344_5566_7788u64, GuestAddress(0x10_0003)).unwrap();
+        let offset = memory.offset(0x10_0003).unwrap();
+        assert_eq!(memory.load::<u64>(offset), 0x1122_3344_5566_7788);
+        assert!(!memory.store(offset + 7, 0xffu8));
+        assert_eq!(memory.guest().read_obj::<u64>(GuestAddress(0x10_0003)).unwrap() >> 56, 0xff);
+        assert_eq!(memory.offset(0xa_0000), None, "the legacy video hole");
+        assert_eq!(memory.region(0xffff_fff0).unwrap().kind, Kind::Rom);
+    }
+
+    #[test]
+    fn stores_by_devices_invalidate_code() {
+        let memory = Memory::new(16 << 20, 0).unwrap();
+        let offset = memory.offset(0x20_0000).unwrap();
+        let before = memory.code().generation(offset);
+        memory.code().mark(offset + 0x40, 16);
+        memory.guest().write_slice(&[0; 8192], GuestAddress(0x1f_f000)).unwrap();
+        assert_ne!(memory.code().generation(offset), before);
+    }
+
+    #[test]
+    fn offsets_outside_are_harmless() {
+        let memory = Memory::new(1 << 20, 0).unwrap();
+        for offset in [memory.len() - 7, memory.len(), u64::MAX] {
+            assert_eq!(memory.load::<u64>(offset), 0);
+            assert!(!memory.store(offset, 1u64));
+            assert_eq!(memory.compare_exchange(offset, 0u64, 1), Err(0));
+        }
+        assert_eq!(memory.load::<u64>(memory.len() - 8), 0);
+    }
+
+    #[test]
+    fn compare_exchange_at_every_size_and_alignment() {
+        let memory = Memory::new(1 << 20, 0).unwrap();
+        memory.store(61, 0x0102_0304u32); // across a cache line
+        assert_eq!(memory.compare_exchange(61, 0x0102_0304u32, 5), Ok(false));
+        assert_eq!(memory.compare_exchange(61, 0x0102_0304u32, 6), Err(5));
+        assert_eq!(memory.compare_exchange(61, 5u8, 6), Ok(false));
+        assert_eq!(memory.compare_exchange(61, 6u16, 7), Ok(false));
+        assert_eq!(memory.compare_exchange(64, 0u128, 9 << 100), Ok(false));
+        assert_eq!(memory.compare_exchange(64, 1u128, 0), Err(9 << 100));
+        assert_eq!(memory.compare_exchange(65, 0u128, 0), Err(0), "unaligned");
+    }
+}
