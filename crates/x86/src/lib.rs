@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod control;
+pub mod cpuid;
 pub mod exception;
 pub mod flags;
 pub mod msr;
