@@ -13,6 +13,8 @@ mod buffer;
 mod compile;
 mod features;
 mod float;
+#[cfg(feature = "oracle")]
+pub mod oracle;
 mod run;
 mod state;
 mod table;
