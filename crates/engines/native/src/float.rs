@@ -3,6 +3,11 @@
 //! The host always runs with all exceptions masked. What the processor would have done is worked out from the flags
 //! of such a run (SDM vol. 1, 11.5.2 and 11.5.3): the pre-computation exceptions of all elements come first; if one
 //! of them is unmasked, no post-computation flag is set. No exception writes a result.
+//!
+//! Three things are lost. An unmasked underflow sets PE if its result, taken with an unbounded exponent, is inexact;
+//! here PE is also set if only denormalizing it was. And DPPS and DPPD may stop after their first stage; here the
+//! flags of all stages are set. Only handlers that look at flags beside the one they handle could tell. And
+//! VCVTPS2PH, which ignores flush to zero, does not report an unmasked underflow with an exact result.
 
 /// Exception flags of MXCSR.
 pub(crate) const FLAGS: u32 = 0x3f;

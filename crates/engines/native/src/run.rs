@@ -220,10 +220,9 @@ impl Stub {
                 Outcome::Done
             }
             Kind::Float => {
+                // Even if it ends in #XM, as measured.
                 let outcome = self.float(state, gprs, bounce);
-                if outcome == Outcome::Done {
-                    enter_mmx(state);
-                }
+                enter_mmx(state);
                 outcome
             }
             Kind::X87 { stores } => match &self.fast {
@@ -253,6 +252,11 @@ fn enter_mmx(state: &mut SimdState) {
     state.ftw = 0xff;
 }
 
+/// Whether an 80-bit number is a NaN.
+fn is_nan(value: u128) -> bool {
+    (value >> 64) & 0x7fff == 0x7fff && value & (u128::MAX >> 65) != 0
+}
+
 impl x87::Plan {
     fn st(state: &SimdState, i: u8) -> usize {
         (state.top() + usize::from(i)) % 8
@@ -275,8 +279,10 @@ impl x87::Plan {
         // loads, and to which it stores, 10 bytes each. The host's x87 stack is empty between calls; all exceptions
         // are masked. Else as in `Stub::plain`.
         unsafe { entry(registers.add(top).cast(), registers.add(other).cast(), bounce) };
-        let taken = self.conditions | ALL_MASKED;
-        state.fsw = state.fsw & !self.conditions | bounce.fsw & taken;
+        // A remainder that is NaN leaves the bits of its quotient alone.
+        let no_quotient = self.remainder && is_nan(state.fpr[top]);
+        let conditions = if no_quotient { x87::C1 | x87::C2 } else { self.conditions };
+        state.fsw = state.fsw & !conditions | bounce.fsw & (conditions | ALL_MASKED);
         if self.pushes {
             state.ftw |= 1 << top;
             state.fsw = state.fsw & !FSW_TOP | (top as u16) << 11;

@@ -6,8 +6,8 @@
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 const C0: u16 = 1 << 8;
-const C1: u16 = 1 << 9;
-const C2: u16 = 1 << 10;
+pub(crate) const C1: u16 = 1 << 9;
+pub(crate) const C2: u16 = 1 << 10;
 const C3: u16 = 1 << 14;
 /// The condition code in the status word.
 pub(crate) const CONDITIONS: u16 = C0 | C1 | C2 | C3;
@@ -25,6 +25,8 @@ pub(crate) struct Plan {
     pub pushes: bool,
     /// The condition bits of the status word that it changes.
     pub conditions: u16,
+    /// FPREM or FPREM1.
+    pub remainder: bool,
 }
 
 impl Plan {
@@ -55,9 +57,10 @@ pub(crate) fn plan(instruction: &Instruction) -> Option<(Plan, Instruction)> {
         Fcom | Fucom | Ficom => (0, 0, CONDITIONS),
         Fcomp | Fucomp | Ficomp => (0, 1, CONDITIONS),
         Fcompp | Fucompp => (1, 2, CONDITIONS),
-        Fcomi | Fucomi => (0, 0, C1),
-        Fcomip | Fucomip => (0, 1, C1),
-        Fcmovb | Fcmovbe | Fcmove | Fcmovnb | Fcmovnbe | Fcmovne | Fcmovnu | Fcmovu | Fxch => (0, 0, C1),
+        Fcomi | Fucomi => (0, 0, 0),
+        Fcomip | Fucomip => (0, 1, 0),
+        Fcmovb | Fcmovbe | Fcmove | Fcmovnb | Fcmovnbe | Fcmovne | Fcmovnu | Fcmovu => (0, 0, 0),
+        Fxch => (0, 0, C1),
         Fscale => (1, 0, C1),
         Fprem | Fprem1 => (1, 0, CONDITIONS),
         Fpatan | Fyl2x | Fyl2xp1 => (1, 1, C1),
@@ -77,9 +80,12 @@ pub(crate) fn plan(instruction: &Instruction) -> Option<(Plan, Instruction)> {
             inner.set_op_register(i, if pushes { Register::ST0 } else { Register::ST1 });
         }
     }
-    if pushes && !in_memory && other.is_none() && mnemonic == Fld {
-        return None; // FLD ST(0) would need it twice.
+    let register_form = instruction.op_count() != 0 && !in_memory;
+    if register_form && other.is_none() && (pushes || matches!(mnemonic, Faddp | Fsubp | Fsubrp | Fmulp | Fdivp | Fdivrp)) {
+        // FLD ST(0) would need it twice; FADDP ST(0) leaves its result in the register that it pops.
+        return None;
     }
     let other_may_be_empty = matches!(mnemonic, Fst | Fstp);
-    Some((Plan { top: !pushes, other, other_may_be_empty, pops, pushes, conditions }, inner))
+    let remainder = matches!(mnemonic, Fprem | Fprem1);
+    Some((Plan { top: !pushes, other, other_may_be_empty, pops, pushes, conditions, remainder }, inner))
 }
