@@ -1,0 +1,207 @@
+//! Debian packages: an `ar` archive of `debian-binary`, `control.tar.*` and `data.tar.*` (deb(5)).
+//!
+//! Whatever a package says, it gets bounded memory: of its files only those asked for are kept, each with a size limit.
+
+use std::io::{self, BufReader, Read};
+
+/// No file that we take out of a package is larger (kernels have some 15 MB).
+const LARGEST_FILE: u64 = 256 << 20;
+/// No package unpacks to more (the largest kernel packages have 500 MB).
+const LARGEST_PACKAGE: u64 = 4 << 30;
+/// Longest path, as in Linux.
+const LONGEST_PATH: u64 = 4096;
+/// The most memory that unpacking xz may take; `xz -9` takes 65 MB.
+const XZ_MEMORY_KIB: u32 = 256 << 10;
+
+/// Why a package cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum DebError {
+    /// It is no package, or a damaged one.
+    #[error("it is not a sound Debian package: {0}")]
+    Malformed(&'static str),
+    /// A file in it is larger than anything we would take out.
+    #[error("its file {path} claims to have {size} bytes, which is too much")]
+    TooLarge {
+        /// The path in the package.
+        path: String,
+        /// The stated size.
+        size: u64,
+    },
+    /// Reading or unpacking failed.
+    #[error("it cannot be unpacked: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// What to do with a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// Keep it.
+    Take,
+    /// Go on without it.
+    Skip,
+    /// Keep it and read no further.
+    TakeAndStop,
+}
+
+/// A regular file taken out of a package.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DebFile {
+    /// Its path without a leading `/` or `./`, such as `boot/vmlinuz-6.1.0-50-cloud-amd64`.
+    pub path: String,
+    /// Its permission bits.
+    pub mode: u32,
+    /// What is in it.
+    pub data: Vec<u8>,
+}
+
+/// A package, opened.
+pub struct Deb<R> {
+    data: R,
+    compression: Compression,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Compression {
+    None,
+    Gzip,
+    Xz,
+    Zstd,
+}
+
+impl Compression {
+    fn of(name: &str) -> Option<Self> {
+        Some(match name.rsplit('.').next()? {
+            "gz" => Self::Gzip,
+            "xz" => Self::Xz,
+            "zst" => Self::Zstd,
+            _ => return None,
+        })
+    }
+
+    fn reader<'a>(self, input: impl Read + 'a) -> Result<Box<dyn Read + 'a>, DebError> {
+        Ok(match self {
+            Self::None => Box::new(input),
+            Self::Gzip => Box::new(flate2::read::MultiGzDecoder::new(input)),
+            Self::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(input, true, XZ_MEMORY_KIB)),
+            Self::Zstd => {
+                let decoder = ruzstd::decoding::StreamingDecoder::new(BufReader::new(input));
+                Box::new(decoder.map_err(|_| DebError::Malformed("its zstd data have no valid beginning"))?)
+            }
+        })
+    }
+}
+
+/// A reader of what is in a file, by the ending of its name: `.gz`, `.xz`, `.zst`; plain if it has another.
+/// Gives at most `limit` bytes. Kernel modules come compressed in this way from Linux 6.12 on.
+pub fn decompress<'a>(name: &str, input: impl Read + 'a, limit: u64) -> Result<Box<dyn Read + 'a>, DebError> {
+    Ok(Box::new(Compression::of(name).unwrap_or(Compression::None).reader(input)?.take(limit)))
+}
+
+impl<R: Read> Deb<io::Take<R>> {
+    /// Opens the package that `input` gives, up to the beginning of its data.
+    pub fn new(mut input: R) -> Result<Self, DebError> {
+        let mut magic = [0; 8];
+        input.read_exact(&mut magic).map_err(|_| DebError::Malformed("it is too short"))?;
+        if &magic != b"!<arch>\n" {
+            return Err(DebError::Malformed("it is no ar archive"));
+        }
+        // Three members in a sound package; a few more may come before the data.
+        for _ in 0..16 {
+            let mut header = [0; 60];
+            input.read_exact(&mut header).map_err(|_| DebError::Malformed("it has no data.tar"))?;
+            let (name, size) = member(&header)?;
+            if name.starts_with("data.tar") {
+                let compression = if name == "data.tar" { Some(Compression::None) } else { Compression::of(&name) };
+                let compression = compression.ok_or(DebError::Malformed("its compression is not known"))?;
+                return Ok(Self { data: input.take(size), compression });
+            }
+            let padded = size + size % 2;
+            let skipped = io::copy(&mut input.by_ref().take(padded), &mut io::sink())?;
+            if skipped != padded {
+                return Err(DebError::Malformed("it ends too early"));
+            }
+        }
+        Err(DebError::Malformed("it has no data.tar"))
+    }
+
+    /// The regular files that `choose` takes, by path. Links and other kinds are never offered.
+    pub fn files(self, mut choose: impl FnMut(&str) -> Choice) -> Result<Vec<DebFile>, DebError> {
+        let unpacked = self.compression.reader(BufReader::new(self.data))?.take(LARGEST_PACKAGE);
+        let mut archive = tar::Archive::new(unpacked);
+        let mut found = Vec::new();
+        let mut long_name: Option<Vec<u8>> = None;
+        // Raw entries: the library would read extended names of any length into memory.
+        for entry in archive.entries()?.raw(true) {
+            let mut entry = entry?;
+            let kind = entry.header().entry_type();
+            if kind.is_gnu_longname() || kind.is_pax_local_extensions() {
+                let mut bytes = Vec::new();
+                if entry.size() <= 4 * LONGEST_PATH {
+                    entry.read_to_end(&mut bytes)?;
+                }
+                if kind.is_gnu_longname() {
+                    bytes.retain(|byte| *byte != 0);
+                    long_name = Some(bytes);
+                } else {
+                    long_name = pax_path(&bytes).or(long_name);
+                }
+                continue;
+            }
+            let name = long_name.take().unwrap_or_else(|| entry.path_bytes().into_owned());
+            if !kind.is_file() {
+                continue;
+            }
+            let path = inside(&name)?;
+            let choice = choose(&path);
+            if choice == Choice::Skip {
+                continue;
+            }
+            let size = entry.size();
+            if size > LARGEST_FILE {
+                return Err(DebError::TooLarge { path, size });
+            }
+            let mut data = Vec::new();
+            entry.read_to_end(&mut data)?;
+            if data.len() as u64 != size {
+                return Err(DebError::Malformed("it ends too early"));
+            }
+            let mode = entry.header().mode().unwrap_or(0o644) & 0o7777;
+            found.push(DebFile { path, mode, data });
+            if choice == Choice::TakeAndStop {
+                break;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Name and size of an ar member.
+fn member(header: &[u8; 60]) -> Result<(String, u64), DebError> {
+    const WRONG: DebError = DebError::Malformed("an ar header is wrong");
+    let text = std::str::from_utf8(header).map_err(|_| WRONG)?;
+    if !text.ends_with("`\n") {
+        return Err(WRONG);
+    }
+    let name = text.get(..16).ok_or(WRONG)?.trim_end().trim_end_matches('/').to_owned();
+    let size = text.get(48..58).and_then(|size| size.trim_end().parse().ok()).ok_or(WRONG)?;
+    Ok((name, size))
+}
+
+/// The path that a pax extended header states: records of `LENGTH key=value\n`.
+fn pax_path(records: &[u8]) -> Option<Vec<u8>> {
+    let path = records.split(|byte| *byte == b'\n').find_map(|record| {
+        let after = &record[record.iter().position(|byte| *byte == b' ')? + 1..];
+        after.strip_prefix(b"path=")
+    });
+    path.map(<[u8]>::to_vec)
+}
+
+/// The path in its plain form, if it stays inside the root directory.
+fn inside(name: &[u8]) -> Result<String, DebError> {
+    let name = std::str::from_utf8(name).map_err(|_| DebError::Malformed("a path is not UTF-8"))?;
+    let parts: Vec<&str> = name.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    if parts.contains(&"..") || name.contains('\0') {
+        return Err(DebError::Malformed("a path leads out of it"));
+    }
+    Ok(parts.join("/"))
+}

@@ -1,0 +1,107 @@
+//! The default guest: a kernel and busybox.
+
+use std::path::PathBuf;
+
+use crate::Options;
+use crate::cache::Stored;
+use crate::cpio::Cpio;
+use crate::error::Error;
+use crate::fetch::sha256;
+use crate::progress::Progress;
+use crate::source::{PackageFile, PackageFiles, Source};
+
+/// What process 1 of the guest runs.
+const INIT: &str = include_str!("guest/init.sh");
+/// Kernels fit for a virtual machine, best first, by architecture: Debian's, then Ubuntu's.
+const KERNELS: [(&str, &[&str]); 2] = [
+    ("amd64", &["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic"]),
+    ("i386", &["linux-image-686", "linux-image-686-pae", "linux-image-virtual", "linux-image-generic"]),
+];
+
+/// A guest that can be started.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// The kernel: a bzImage.
+    pub kernel: PathBuf,
+    /// The initial RAM disk: an uncompressed cpio archive.
+    pub initrd: PathBuf,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The kernel's release, as `uname -r` says it.
+    pub release: String,
+    /// What it is, for people: distribution, kernel, versions.
+    pub description: String,
+    /// Whether all of it was in the cache.
+    pub cached: bool,
+}
+
+/// Gives the default guest, from the cache or, the first time, from the archive.
+///
+/// On the kernel's command line, `lodge.exec="COMMAND"` makes it run a command in place of the shell, print
+/// `Lodge: the command ended with status N.` and power off.
+pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<Guest, Error> {
+    let mut source = Source::new(options)?;
+    let kernel = match &options.kernel {
+        Some(package) => source.files(&[package], &["boot/vmlinuz-*"], progress)?,
+        None => {
+            let known = KERNELS.iter().find(|(arch, _)| *arch == options.arch).map_or(KERNELS[0].1, |(_, known)| known);
+            source.files(known, &["boot/vmlinuz-*"], progress)?
+        }
+    };
+    let busybox = source.files(&["busybox-static"], &["*bin/busybox"], progress)?;
+    let cached = kernel.cached && busybox.cached;
+    let (image, program) = (first(&kernel)?, first(&busybox)?);
+    let initrd = stored_initramfs(&mut source, program, progress)?;
+    let release = image.path.trim_start_matches("boot/vmlinuz-").to_owned();
+    let description = format!(
+        "{}, Linux {release} ({}), busybox {}",
+        kernel.archive, kernel.version, busybox.version
+    );
+    let cmdline = "console=ttyS0 quiet".to_owned();
+    Ok(Guest { kernel: image.stored.clone(), initrd, cmdline, release, description, cached })
+}
+
+/// The initial RAM disk of the default guest, around a statically linked busybox. More can be added to it.
+pub fn initramfs(busybox: &[u8]) -> Cpio {
+    let mut image = Cpio::new();
+    for dir in ["bin", "dev", "etc", "proc", "root", "sbin", "sys", "tmp", "usr/bin", "usr/sbin"] {
+        image.dir(dir, 0o755);
+    }
+    // The kernel opens it for process 1, before that can mount anything.
+    image.device("dev/console", 0o600, 5, 1);
+    image.file("bin/busybox", 0o755, busybox).file("init", 0o755, INIT.as_bytes());
+    // busybox would ask process 1, which is our script and does not listen.
+    for command in ["poweroff", "reboot", "halt"] {
+        let script = format!("#!/bin/busybox sh\nbusybox sync\nexec busybox {command} -f\n");
+        image.file(&format!("sbin/{command}"), 0o755, script.as_bytes());
+    }
+    image.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n").file("etc/group", 0o644, b"root:x:0:\n");
+    image
+}
+
+fn first(files: &PackageFiles) -> Result<&PackageFile, Error> {
+    let missing = || Error::NoFile { package: files.package.clone(), file: "that was asked for".to_owned() };
+    files.files.first().ok_or_else(missing)
+}
+
+/// The initial RAM disk as a file in the cache, made anew where busybox or our part of it has changed.
+fn stored_initramfs(
+    source: &mut Source,
+    busybox: &PackageFile,
+    progress: &mut dyn Progress,
+) -> Result<PathBuf, Error> {
+    let ours = sha256(&initramfs(&[]).finish());
+    let key = format!("initramfs-{}-{}", &busybox.sha256[..12], &ours[..12]);
+    let cached = |source: &Source| source.cache.record::<Stored>(&key).and_then(|stored| source.cache.path(&stored));
+    if let Some(path) = cached(source) {
+        return Ok(path);
+    }
+    let program = std::fs::read(&busybox.stored).map_err(Error::cache(&busybox.stored))?;
+    source.lock(progress)?;
+    let cache = source.cache.clone();
+    let lock = source.lock(progress)?;
+    let stored = cache.store("initramfs.cpio", &initramfs(&program).finish(), lock)?;
+    cache.set_record(&key, &stored, lock)?;
+    let lost = || Error::cache(&key)(std::io::Error::other("what was just written there has changed"));
+    cached(source).ok_or_else(lost)
+}
