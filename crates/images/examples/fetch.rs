@@ -18,6 +18,9 @@ impl Progress for Print {
         self.0 += bytes;
     }
     fn finish(&mut self) {}
+    fn note(&mut self, text: &str) {
+        eprintln!("note: {text}");
+    }
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -39,7 +42,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if patterns.is_empty() {
         let guest = images::default_guest(&options, &mut Print(0))?;
         println!("{}{}", guest.description, if guest.cached { " (cached)" } else { "" });
-        println!("kernel={}\ninitrd={}\ncmdline={}", guest.kernel.display(), guest.initrd.display(), guest.cmdline);
+        println!(
+            "kernel={}\ninitrd={}\ncmdline={}",
+            guest.kernel.display(),
+            guest.initrd.display(),
+            guest.cmdline
+        );
         return Ok(());
     }
     let kernel = options.kernel.clone().unwrap_or_else(|| "linux-image-cloud-amd64".to_owned());

@@ -114,7 +114,10 @@ mod tests {
         write(root, "etc/os-release", "ID=debian\nVERSION_CODENAME=\"bookworm\"\n");
         let apt = Apt::load(root);
         let uris: Vec<_> = apt.entries.iter().flat_map(|entry| &entry.uris).collect();
-        assert_eq!(uris, ["http://one.example/debian", "http://two.example/debian/", "http://three.example/debian"]);
+        assert_eq!(
+            uris,
+            ["http://one.example/debian", "http://two.example/debian/", "http://three.example/debian"]
+        );
         assert_eq!(apt.codename.as_deref(), Some("bookworm"));
     }
 

@@ -100,12 +100,7 @@ impl Archives {
     }
 
     /// Gives the packages' file, checked.
-    pub fn download(
-        &self,
-        found: &Found,
-        path: &Path,
-        progress: &mut dyn Progress,
-    ) -> Result<File, Error> {
+    pub fn download(&self, found: &Found, path: &Path, progress: &mut dyn Progress) -> Result<File, Error> {
         let Found { package, archive } = found;
         let url = format!("{}/{}", self.list[*archive].uri, package.filename);
         progress.begin(&format!("{} {}", package.name, package.version), Some(package.expected.size));
@@ -119,7 +114,8 @@ impl Archives {
         if names.iter().all(|name| self.looked_for.iter().any(|other| other == name)) {
             return Ok(());
         }
-        self.looked_for.extend(names.iter().map(|name| (*name).to_owned()));
+        // Nearly every guest wants busybox too: one reading serves both.
+        self.looked_for.extend(names.iter().chain(&["busybox-static"]).map(|name| (*name).to_owned()));
         self.found.clear();
         for (number, archive) in self.list.iter_mut().enumerate() {
             progress.begin(&format!("reading the index of {}", title(&archive.release)), None);

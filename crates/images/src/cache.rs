@@ -87,7 +87,12 @@ impl Cache {
             fs::create_dir_all(&dir).map_err(Error::cache(&dir))?;
         }
         let path = self.dir.join("lock");
-        let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(Error::cache(&path))?;
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(Error::cache(&path))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -152,9 +157,11 @@ impl Cache {
             list("records").filter_map(|entry| fs::read_to_string(entry.path()).ok()).collect();
         for entry in ["partial", "files", "records"].into_iter().flat_map(list) {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let modified = entry.metadata().and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+            let modified =
+                entry.metadata().and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
             let old = modified.elapsed().is_ok_and(|age| age > KEEP_UNUSED);
-            let used = name.ends_with(".json") || records.iter().any(|record| record.contains(&format!("\"{name}\"")));
+            let used = name.ends_with(".json")
+                || records.iter().any(|record| record.contains(&format!("\"{name}\"")));
             if old && !used {
                 let _ = fs::remove_file(entry.path());
             }

@@ -125,7 +125,8 @@ mod tests {
             assert_eq!(&bytes[at..at + 6], b"070701");
             let field = |n: usize| {
                 let from = at + 6 + n * 8;
-                u32::from_str_radix(std::str::from_utf8(&bytes[from..from + 8]).unwrap(), 16).unwrap() as usize
+                u32::from_str_radix(std::str::from_utf8(&bytes[from..from + 8]).unwrap(), 16).unwrap()
+                    as usize
             };
             let (mode, size, name_size) = (field(1), field(6), field(11));
             let name = String::from_utf8(bytes[at + 110..at + 110 + name_size - 1].to_vec()).unwrap();

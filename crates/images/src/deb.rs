@@ -111,7 +111,8 @@ impl<R: Read> Deb<io::Take<R>> {
             input.read_exact(&mut header).map_err(|_| DebError::Malformed("it has no data.tar"))?;
             let (name, size) = member(&header)?;
             if name.starts_with("data.tar") {
-                let compression = if name == "data.tar" { Some(Compression::None) } else { Compression::of(&name) };
+                let compression =
+                    if name == "data.tar" { Some(Compression::None) } else { Compression::of(&name) };
                 let compression = compression.ok_or(DebError::Malformed("its compression is not known"))?;
                 return Ok(Self { data: input.take(size), compression });
             }

@@ -49,7 +49,9 @@ pub enum Error {
         url: String,
     },
     /// The archive's index is too old or from the future.
-    #[error("the archive {url} {problem}; check this host's clock, or choose a mirror that is kept up to date")]
+    #[error(
+        "the archive {url} {problem}; check this host's clock, or choose a mirror that is kept up to date"
+    )]
     Date {
         /// The index.
         url: String,
@@ -65,7 +67,9 @@ pub enum Error {
         problem: String,
     },
     /// No such package.
-    #[error("the archive {archive} has no package {package} for {arch}; choose another suite, architecture or package")]
+    #[error(
+        "the archive {archive} has no package {package} for {arch}; choose another suite, architecture or package"
+    )]
     NoPackage {
         /// Which archive.
         archive: String,

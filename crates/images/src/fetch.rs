@@ -27,7 +27,9 @@ pub enum FetchError {
         url: String,
     },
     /// The server refuses, or fails.
-    #[error("{url} cannot be had: the server says {status}; try again later, or choose another mirror with --mirror URL")]
+    #[error(
+        "{url} cannot be had: the server says {status}; try again later, or choose another mirror with --mirror URL"
+    )]
     Status {
         /// What was asked for.
         url: String,
@@ -35,7 +37,10 @@ pub enum FetchError {
         status: u16,
     },
     /// The server cannot be reached, or the connection breaks each time.
-    #[error("{url} cannot be had: {reason}; check the network and the proxy settings, or choose another mirror with --mirror URL")]
+    #[error(
+        "{url} cannot be had: {reason}; check the network and the proxy settings, or choose another mirror with \
+         --mirror URL"
+    )]
     Connection {
         /// What was asked for.
         url: String,
@@ -43,15 +48,33 @@ pub enum FetchError {
         reason: String,
     },
     /// The file goes on after the size that the index states, or after what is sensible.
-    #[error("{url} is larger than the {limit} bytes that are expected; choose another mirror with --mirror URL")]
+    #[error(
+        "{url} is larger than the {limit} bytes that are expected; choose another mirror with --mirror URL"
+    )]
     TooLarge {
         /// What was asked for.
         url: String,
         /// The limit in bytes.
         limit: u64,
     },
+    /// The file has another size than the signed index states.
+    #[error(
+        "{url} has {size} bytes and not the {expected} of the signed index, as when a mirror is being updated; try again \
+         later, or choose another mirror with --mirror URL"
+    )]
+    WrongSize {
+        /// What was asked for.
+        url: String,
+        /// What the server has.
+        size: u64,
+        /// What the index states.
+        expected: u64,
+    },
     /// The file is not the one that the signed index describes.
-    #[error("{url} is damaged: its SHA-256 is not the one in the signed index; try again, or choose another mirror with --mirror URL")]
+    #[error(
+        "{url} is damaged: its SHA-256 is not the one in the signed index; try again, or choose another mirror with \
+         --mirror URL"
+    )]
     Corrupt {
         /// What was asked for.
         url: String,
@@ -75,10 +98,11 @@ impl FetchError {
     }
 }
 
-/// A file being read, from `offset` on.
+/// A file being read, from `offset` on, and its whole size where that is known.
 struct Stream {
     reader: Box<dyn Read>,
     offset: u64,
+    size: Option<u64>,
 }
 
 /// Gets files.
@@ -94,7 +118,11 @@ impl Fetcher {
     /// A fetcher that goes through the proxies of the host's configuration.
     pub fn new(conf: &AptConf) -> Self {
         let variable = |name: &str| std::env::var(name).ok();
-        Self { http: http::Client::new(Proxies::new(conf, variable), conf), tries: 4, pause: Duration::from_millis(500) }
+        Self {
+            http: http::Client::new(Proxies::new(conf, variable), conf),
+            tries: 4,
+            pause: Duration::from_millis(500),
+        }
     }
 
     /// Gets a small file, of at most `limit` bytes, whole.
@@ -173,6 +201,10 @@ impl Fetcher {
             return Ok(());
         }
         let mut stream = self.open(url, at)?;
+        if let Some(other) = stream.size.filter(|other| *other != size) {
+            restart(file, path)?;
+            return Err(FetchError::WrongSize { url: url.to_owned(), size: other, expected: size }.into());
+        }
         if stream.offset != at {
             at = restart(file, path)?;
         }
@@ -181,7 +213,9 @@ impl Fetcher {
         loop {
             let read = match stream.reader.read(&mut buffer) {
                 Ok(0) if at == size => return Ok(()),
-                Ok(0) => return Err(broken(format!("the connection ended after {at} of {size} bytes")).into()),
+                Ok(0) => {
+                    return Err(broken(format!("the connection ended after {at} of {size} bytes")).into());
+                }
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(broken(error.to_string()).into()),
@@ -238,8 +272,9 @@ fn open_local(url: &str, path: &str, offset: u64) -> Result<Stream, FetchError> 
         _ => FetchError::Connection { url: url.to_owned(), reason: error.to_string() },
     };
     let mut file = File::open(PathBuf::from(path)).map_err(failed)?;
+    let size = file.metadata().map_err(failed)?.len();
     file.seek(SeekFrom::Start(offset)).map_err(failed)?;
-    Ok(Stream { reader: Box::new(file), offset })
+    Ok(Stream { reader: Box::new(file), offset, size: Some(size) })
 }
 
 /// The SHA-256 of all that `input` gives from its beginning, in hexadecimal.

@@ -14,7 +14,10 @@ use crate::source::{PackageFile, PackageFiles, Source};
 const INIT: &str = include_str!("guest/init.sh");
 /// Kernels fit for a virtual machine, best first, by architecture: Debian's, then Ubuntu's.
 const KERNELS: [(&str, &[&str]); 2] = [
-    ("amd64", &["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic"]),
+    (
+        "amd64",
+        &["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic"],
+    ),
     ("i386", &["linux-image-686", "linux-image-686-pae", "linux-image-virtual", "linux-image-generic"]),
 ];
 
@@ -44,7 +47,10 @@ pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<G
     let kernel = match &options.kernel {
         Some(package) => source.files(&[package], &["boot/vmlinuz-*"], progress)?,
         None => {
-            let known = KERNELS.iter().find(|(arch, _)| *arch == options.arch).map_or(KERNELS[0].1, |(_, known)| known);
+            let known = KERNELS
+                .iter()
+                .find(|(arch, _)| *arch == options.arch)
+                .map_or(KERNELS[0].1, |(_, known)| known);
             source.files(known, &["boot/vmlinuz-*"], progress)?
         }
     };
@@ -53,10 +59,8 @@ pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<G
     let (image, program) = (first(&kernel)?, first(&busybox)?);
     let initrd = stored_initramfs(&mut source, program, progress)?;
     let release = image.path.trim_start_matches("boot/vmlinuz-").to_owned();
-    let description = format!(
-        "{}, Linux {release} ({}), busybox {}",
-        kernel.archive, kernel.version, busybox.version
-    );
+    let description =
+        format!("{}, Linux {release} ({}), busybox {}", kernel.archive, kernel.version, busybox.version);
     let cmdline = "console=ttyS0 quiet".to_owned();
     Ok(Guest { kernel: image.stored.clone(), initrd, cmdline, release, description, cached })
 }
@@ -75,7 +79,11 @@ pub fn initramfs(busybox: &[u8]) -> Cpio {
         let script = format!("#!/bin/busybox sh\nbusybox sync\nexec busybox {command} -f\n");
         image.file(&format!("sbin/{command}"), 0o755, script.as_bytes());
     }
-    image.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n").file("etc/group", 0o644, b"root:x:0:\n");
+    image.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n").file(
+        "etc/group",
+        0o644,
+        b"root:x:0:\n",
+    );
     image
 }
 
@@ -92,7 +100,8 @@ fn stored_initramfs(
 ) -> Result<PathBuf, Error> {
     let ours = sha256(&initramfs(&[]).finish());
     let key = format!("initramfs-{}-{}", &busybox.sha256[..12], &ours[..12]);
-    let cached = |source: &Source| source.cache.record::<Stored>(&key).and_then(|stored| source.cache.path(&stored));
+    let cached =
+        |source: &Source| source.cache.record::<Stored>(&key).and_then(|stored| source.cache.path(&stored));
     if let Some(path) = cached(source) {
         return Ok(path);
     }

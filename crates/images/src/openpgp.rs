@@ -6,7 +6,9 @@
 use std::io::Cursor;
 use std::path::Path;
 
-use pgp::composed::{CleartextSignedMessage, Deserializable, DetachedSignature, SignedPublicKey, SignedPublicSubKey};
+use pgp::composed::{
+    CleartextSignedMessage, Deserializable, DetachedSignature, SignedPublicKey, SignedPublicSubKey,
+};
 use pgp::crypto::hash::HashAlgorithm;
 use pgp::packet::{Signature, SignatureType};
 use pgp::types::{KeyDetails, Tag};
@@ -73,7 +75,8 @@ impl Keyring {
         self.keys.retain(|key| {
             let subkeys = key.public_subkeys.iter().map(|subkey| subkey.fingerprint());
             let mut prints = subkeys.chain([key.fingerprint()]).map(|print| format!("{print:X}"));
-            prints.any(|print| fingerprints.iter().any(|wanted| wanted.len() >= 16 && print.ends_with(wanted)))
+            prints
+                .any(|print| fingerprints.iter().any(|wanted| wanted.len() >= 16 && print.ends_with(wanted)))
         });
     }
 
@@ -85,7 +88,8 @@ impl Keyring {
     /// Checks a text with its signature inside (`InRelease`), and gives back exactly what was signed.
     /// `now` is in seconds since 1970.
     pub fn verify_cleartext(&self, message: &str, now: u64) -> Result<String, SignatureError> {
-        let (message, _) = CleartextSignedMessage::from_string(message).map_err(|_| SignatureError::Malformed)?;
+        let (message, _) =
+            CleartextSignedMessage::from_string(message).map_err(|_| SignatureError::Malformed)?;
         let text = message.signed_text();
         self.any(message.signatures(), text.as_bytes(), now)?;
         Ok(text)
@@ -93,8 +97,8 @@ impl Keyring {
 
     /// Checks `data` against the signatures of a separate file (`Release.gpg`), ASCII or binary.
     pub fn verify_detached(&self, data: &[u8], signatures: &[u8], now: u64) -> Result<(), SignatureError> {
-        let (found, _) =
-            DetachedSignature::from_reader_many(Cursor::new(signatures)).map_err(|_| SignatureError::Malformed)?;
+        let (found, _) = DetachedSignature::from_reader_many(Cursor::new(signatures))
+            .map_err(|_| SignatureError::Malformed)?;
         let found: Vec<Signature> = found.flatten().map(|one| one.signature).collect();
         self.any(&found, data, now)
     }
@@ -199,7 +203,11 @@ fn key_is_valid(key: &SignedPublicKey, now: u64) -> Result<(), SignatureError> {
 }
 
 /// Checks that a subkey belongs to its primary key, may sign, and was neither revoked nor expired.
-fn subkey_may_sign(key: &SignedPublicKey, subkey: &SignedPublicSubKey, now: u64) -> Result<(), SignatureError> {
+fn subkey_may_sign(
+    key: &SignedPublicKey,
+    subkey: &SignedPublicSubKey,
+    now: u64,
+) -> Result<(), SignatureError> {
     let primary = &key.primary_key;
     let own = subkey.signatures.iter().filter(|one| one.verify_subkey_binding(primary, &subkey.key).is_ok());
     let (revocations, bindings): (Vec<_>, Vec<_>) =

@@ -65,7 +65,8 @@ pub fn leads_to(depends: &str, prefix: &str) -> Option<(String, Option<String>)>
     let first = depends.split([',', '|']).map(str::trim).find(|item| item.starts_with(prefix))?;
     let name = first.split([' ', '(', ':']).next()?.to_owned();
     let relation = first.split_once('(').map(|(_, rest)| rest.trim_end_matches(')').trim());
-    let exact = relation.and_then(|relation| relation.strip_prefix('=')).map(|version| version.trim().to_owned());
+    let exact =
+        relation.and_then(|relation| relation.strip_prefix('=')).map(|version| version.trim().to_owned());
     Some((name, exact))
 }
 
@@ -121,8 +122,23 @@ mod tests {
     #[test]
     fn versions_compare_as_in_dpkg() {
         let rising = [
-            "0~", "0", "1.0~rc1-1", "1.0~rc1-2", "1.0", "1.0-0.1", "1.0-1", "1.0-1+b1", "1.0+dfsg-1", "1.9", "1.10",
-            "6.1.9-1", "6.1.112-1", "6.1.112-10", "6.12.9-1~bpo12+1", "6.12.9-1", "1:0.1",
+            "0~",
+            "0",
+            "1.0~rc1-1",
+            "1.0~rc1-2",
+            "1.0",
+            "1.0-0.1",
+            "1.0-1",
+            "1.0-1+b1",
+            "1.0+dfsg-1",
+            "1.9",
+            "1.10",
+            "6.1.9-1",
+            "6.1.112-1",
+            "6.1.112-10",
+            "6.12.9-1~bpo12+1",
+            "6.12.9-1",
+            "1:0.1",
         ];
         for (i, a) in rising.iter().enumerate() {
             for (j, b) in rising.iter().enumerate() {
@@ -148,7 +164,8 @@ mod tests {
         let one = |name: &str, file: &str| {
             format!("Package: {name}\nVersion: 1\nFilename: {file}\nSize: 5\nSHA256: {digest}\n\n")
         };
-        let index = one("a", "pool/a.deb") + &one("b", "pool/../../b.deb") + &one("c", "/c") + &one("d", "./d.deb");
+        let index =
+            one("a", "pool/a.deb") + &one("b", "pool/../../b.deb") + &one("c", "/c") + &one("d", "./d.deb");
         let found = read(index.as_bytes(), |name| name != "x").unwrap();
         let files: Vec<_> = found.iter().map(|one| one.filename.as_str()).collect();
         assert_eq!(files, ["pool/a.deb", "d.deb"]);

@@ -8,6 +8,8 @@ pub trait Progress {
     fn advance(&mut self, bytes: u64);
     /// The step has ended, well or not.
     fn finish(&mut self);
+    /// Something that does not prevent the result but that people should know: one sentence. Between steps.
+    fn note(&mut self, _text: &str) {}
 }
 
 /// Tells nobody.

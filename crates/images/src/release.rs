@@ -60,7 +60,10 @@ impl Release {
     /// Whether this is the release file of that suite, by its name or by its codename.
     pub fn is_of_suite(&self, suite: &str) -> bool {
         let first = suite.split('/').next().unwrap_or(suite);
-        ["Suite", "Codename"].iter().filter_map(|name| self.fields.get(name)).any(|own| own == suite || own == first)
+        ["Suite", "Codename"]
+            .iter()
+            .filter_map(|name| self.fields.get(name))
+            .any(|own| own == suite || own == first)
     }
 
     /// The version, such as `12.15`, if it has one.
@@ -109,7 +112,8 @@ fn parse_date(text: &str) -> Option<u64> {
     if !(1970..10_000).contains(&year) || !(1..=31).contains(&day) {
         return None;
     }
-    let clock: Vec<u64> = time.split(':').map(|part| part.parse().ok().filter(|part| *part < 61)).collect::<Option<_>>()?;
+    let clock: Vec<u64> =
+        time.split(':').map(|part| part.parse().ok().filter(|part| *part < 61)).collect::<Option<_>>()?;
     let [hours, minutes, seconds] = clock[..] else { return None };
     // Days of the civil calendar, with years that begin in March so that the leap day comes last.
     let (year, month) = if month <= 2 { (year - 1, month + 9) } else { (year, month - 3) };
@@ -126,7 +130,12 @@ mod tests {
         assert_eq!(parse_date("Thu, 01 Jan 1970 00:00:00 UTC"), Some(0));
         assert_eq!(parse_date("Sat, 11 Jul 2026 10:16:37 UTC"), Some(1_783_764_997));
         assert_eq!(parse_date("Thu, 29 Feb 2024  3:00:00 UTC"), Some(1_709_175_600));
-        for wrong in ["", "Sat, 11 Jul 2026 10:16:37 CEST", "Sat, 11 Jul 99999999999999999 10:16:37 UTC", "a b c d e f"] {
+        for wrong in [
+            "",
+            "Sat, 11 Jul 2026 10:16:37 CEST",
+            "Sat, 11 Jul 99999999999999999 10:16:37 UTC",
+            "a b c d e f",
+        ] {
             assert_eq!(parse_date(wrong), None, "{wrong}");
         }
     }

@@ -132,9 +132,14 @@ impl<'a> Source<'a> {
             let missing = || Error::NoFile { package: package.name.clone(), file: (*pattern).to_owned() };
             let file = file.ok_or_else(missing)?;
             let name = file.path.rsplit('/').next().unwrap_or_default();
-            files.push(RecordedFile { stored: cache.store(name, &file.data, lock)?, path: file.path, mode: file.mode });
+            files.push(RecordedFile {
+                stored: cache.store(name, &file.data, lock)?,
+                path: file.path,
+                mode: file.mode,
+            });
         }
-        let record = Record { archive: archives.name(), package: package.name, version: package.version, files };
+        let record =
+            Record { archive: archives.name(), package: package.name, version: package.version, files };
         cache.set_record(key, &record, lock)?;
         // All that we wanted of it is stored.
         let _ = std::fs::remove_file(partial);
@@ -156,7 +161,8 @@ impl<'a> Source<'a> {
     fn key(&self, packages: &[&str], patterns: &[&str]) -> String {
         let Options { mirror, suite, arch, keyring, sysroot, .. } = self.options;
         let all = format!("1 {mirror:?} {suite:?} {arch} {keyring:?} {sysroot:?} {packages:?} {patterns:?}");
-        let name = format!("{}-{arch}-{}", packages.first().unwrap_or(&"none"), suite.as_deref().unwrap_or("host"));
+        let name =
+            format!("{}-{arch}-{}", packages.first().unwrap_or(&"none"), suite.as_deref().unwrap_or("host"));
         let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.+".contains(c) { c } else { '-' };
         format!("{}-{}", name.chars().map(plain).take(100).collect::<String>(), &sha256(all.as_bytes())[..12])
     }
@@ -203,11 +209,15 @@ mod tests {
 
     #[test]
     fn patterns() {
-        for (pattern, text) in [("boot/vmlinuz-*", "boot/vmlinuz-6"), ("*bin/busybox", "usr/bin/busybox"), ("*", "")] {
+        for (pattern, text) in
+            [("boot/vmlinuz-*", "boot/vmlinuz-6"), ("*bin/busybox", "usr/bin/busybox"), ("*", "")]
+        {
             assert!(matches(pattern, text), "{pattern} {text}");
         }
         assert!(matches("*/kvm.ko*", "usr/lib/modules/6/kernel/arch/x86/kvm/kvm.ko.xz"));
-        for (pattern, text) in [("boot/vmlinuz-*", "x/boot/vmlinuz-6"), ("*bin/busybox", "bin/busyboxes"), ("a", "ab")] {
+        for (pattern, text) in
+            [("boot/vmlinuz-*", "x/boot/vmlinuz-6"), ("*bin/busybox", "bin/busyboxes"), ("a", "ab")]
+        {
             assert!(!matches(pattern, text), "{pattern} {text}");
         }
     }

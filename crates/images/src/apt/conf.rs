@@ -100,7 +100,8 @@ fn tokens(text: &str) -> Vec<Token> {
                 ';' => found.push(Token::End),
                 c if c.is_whitespace() => {}
                 _ => {
-                    let end = rest.find(|c: char| c.is_whitespace() || "{};\"".contains(c)).unwrap_or(rest.len());
+                    let end =
+                        rest.find(|c: char| c.is_whitespace() || "{};\"".contains(c)).unwrap_or(rest.len());
                     found.push(Token::Word(rest[..end].to_owned()));
                     rest = &rest[end..];
                     continue;

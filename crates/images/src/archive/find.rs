@@ -50,6 +50,20 @@ impl<'a> Candidate<'a> {
     }
 }
 
+/// A suite whose `Release` file is signed by whom it has to be.
+struct Checked {
+    uri: String,
+    suite: String,
+    release: Release,
+}
+
+impl Checked {
+    /// Whether it is the main archive of a distribution that we know.
+    fn is_known(&self) -> bool {
+        ORIGINS.contains(&self.release.origin()) && self.release.has_component("main")
+    }
+}
+
 /// What finding archives takes.
 pub(super) struct Finder<'a> {
     pub options: &'a Options,
@@ -68,29 +82,47 @@ impl<'a> Finder<'a> {
             None => self.configured(),
         };
         progress.finish();
-        let ((uri, release, suite), updates) = main?;
-        let origin = release.origin().to_owned();
-        let mut list = vec![self.archive(uri, suite, release, progress)?];
+        let (main, updates) = main?;
+        let origin = main.release.origin().to_owned();
+        let mut list = vec![self.archive(main, progress)?];
         for update in updates {
-            match self.release(&update) {
-                Ok((uri, release)) if release.origin() == origin && release.has_component("main") => {
-                    match self.archive(uri, update.suite, release, progress) {
-                        // A suite may have no index for this architecture.
-                        Err(Error::Archive { .. }) => {}
-                        archive => list.push(archive?),
-                    }
+            match self.update(&update, &origin, progress) {
+                Ok(archive) => list.extend(archive),
+                // A guest with older packages is better than none, where it is not a question of trust.
+                Err(Error::Fetch(error)) => {
+                    progress.note(&format!("Going on without the updates of {}: {error}.", update.suite));
                 }
-                Ok(_) => {}
-                // Not every suite has updates: we may have made up the name.
-                Err(Error::Fetch(FetchError::NotFound { .. })) => {}
                 Err(error) => return Err(error),
             }
         }
         Ok(list)
     }
 
+    /// The archive of some updates, if there are any for this release and architecture.
+    fn update(
+        &self,
+        candidate: &Candidate,
+        origin: &str,
+        progress: &mut dyn Progress,
+    ) -> Result<Option<Archive>, Error> {
+        let checked = match self.release(candidate) {
+            Ok(checked) => checked,
+            // Not every suite has updates: we may have made up the name.
+            Err(Error::Fetch(FetchError::NotFound { .. })) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if checked.release.origin() != origin || !checked.release.has_component("main") {
+            return Ok(None);
+        }
+        match self.archive(checked, progress) {
+            Ok(archive) => Ok(Some(archive)),
+            Err(Error::Archive { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The archive that the user named. Without a suite, the host's own is tried, then Debian's stable one.
-    fn mirror(&self, mirror: &str) -> Result<(String, Release, String), Error> {
+    fn mirror(&self, mirror: &str) -> Result<Checked, Error> {
         let mut suites: Vec<&str> = self.options.suite.iter().map(String::as_str).collect();
         if suites.is_empty() {
             suites.extend(self.apt.codename.as_deref().into_iter().chain(["stable"]));
@@ -100,7 +132,7 @@ impl<'a> Finder<'a> {
             let uris = vec![mirror.trim_end_matches('/')];
             let candidate =
                 Candidate { uris, suite: suite.to_owned(), signed_by: None, check_valid_until: None };
-            result = self.release(&candidate).map(|(uri, release)| (uri, release, candidate.suite));
+            result = self.release(&candidate);
             if !matches!(result, Err(Error::Fetch(FetchError::NotFound { .. }))) {
                 break;
             }
@@ -109,7 +141,7 @@ impl<'a> Finder<'a> {
     }
 
     /// The main archive by apt's configuration, and where its updates are.
-    fn configured(&self) -> Result<((String, Release, String), Vec<Candidate<'a>>), Error> {
+    fn configured(&self) -> Result<(Checked, Vec<Candidate<'a>>), Error> {
         let candidates = candidates(self.apt, &self.options.arch);
         if candidates.is_empty() {
             return Err(Error::NoArchive);
@@ -126,9 +158,8 @@ impl<'a> Finder<'a> {
             let suite = self.options.suite.clone().unwrap_or_else(|| configured.suite.clone());
             let candidate = Candidate { suite, ..configured.clone() };
             match self.release(&candidate) {
-                Ok((uri, release)) if ORIGINS.contains(&release.origin()) && release.has_component("main") => {
-                    let updates = updates(&candidates, &configured.suite, &candidate.suite);
-                    return Ok(((uri, release, candidate.suite), updates));
+                Ok(main) if main.is_known() => {
+                    return Ok((main, updates(&candidates, &configured.suite, &candidate.suite)));
                 }
                 Ok(_) => {}
                 Err(error) => failure = failure.or(Some(error)),
@@ -138,10 +169,14 @@ impl<'a> Finder<'a> {
     }
 
     /// Fetches and checks what says which files an archive has, from the first of its copies that can be reached.
-    fn release(&self, candidate: &Candidate) -> Result<(String, Release), Error> {
+    fn release(&self, candidate: &Candidate) -> Result<Checked, Error> {
         let mut result = Err(Error::NoArchive);
         for uri in &candidate.uris {
-            result = self.release_at(uri, candidate).map(|release| ((*uri).to_owned(), release));
+            result = self.release_at(uri, candidate).map(|release| Checked {
+                uri: (*uri).to_owned(),
+                suite: candidate.suite.clone(),
+                release,
+            });
             if result.is_ok() {
                 break;
             }
@@ -162,7 +197,8 @@ impl<'a> Finder<'a> {
             Ok(bytes) => keyring.verify_cleartext(&utf8(bytes), release::now()).map_err(untrusted)?,
             Err(missing @ FetchError::NotFound { .. }) => {
                 // Without the older form either, it is the newer one's absence that is worth telling.
-                let text = self.fetcher.small(&format!("{dir}/Release"), LARGEST_RELEASE).map_err(|_| missing)?;
+                let text =
+                    self.fetcher.small(&format!("{dir}/Release"), LARGEST_RELEASE).map_err(|_| missing)?;
                 let signature = self.fetcher.small(&format!("{dir}/Release.gpg"), LARGEST_RELEASE)?;
                 keyring.verify_detached(&text, &signature, release::now()).map_err(untrusted)?;
                 utf8(text)
@@ -222,17 +258,13 @@ impl<'a> Finder<'a> {
     }
 
     /// Fetches an archive's index of packages, in the smallest form that there is.
-    fn archive(
-        &self,
-        uri: String,
-        suite: String,
-        release: Release,
-        progress: &mut dyn Progress,
-    ) -> Result<Archive, Error> {
+    fn archive(&self, checked: Checked, progress: &mut dyn Progress) -> Result<Archive, Error> {
+        let Checked { uri, suite, release } = checked;
         let dir = format!("main/binary-{}", self.options.arch);
         let forms = ["Packages.xz", "Packages.gz", "Packages"];
         let base = format!("{uri}/dists/{suite}");
-        let first = forms.iter().find_map(|name| Some((*name, release.file(&format!("{dir}/{name}"))?.clone())));
+        let first =
+            forms.iter().find_map(|name| Some((*name, release.file(&format!("{dir}/{name}"))?.clone())));
         let Some((name, expected)) = first else {
             let problem = format!("has no packages for the architecture {}", self.options.arch);
             return Err(Error::Archive { url: base, problem });
@@ -240,7 +272,8 @@ impl<'a> Finder<'a> {
         let size = release.file(&format!("{dir}/Packages")).map_or(LARGEST_INDEX, |plain| plain.size);
         let path = self.cache.partial(&expected.sha256, self.lock);
         progress.begin(&format!("index of {}", title(&release)), Some(expected.size));
-        let mut get = |name: &str| self.fetcher.download(&format!("{base}/{dir}/{name}"), &expected, &path, progress);
+        let mut get =
+            |name: &str| self.fetcher.download(&format!("{base}/{dir}/{name}"), &expected, &path, progress);
         let by_hash = release.by_hash().then(|| get(&format!("by-hash/SHA256/{}", expected.sha256)));
         let result = match by_hash {
             Some(Err(Error::Fetch(FetchError::NotFound { .. }))) | None => get(name),

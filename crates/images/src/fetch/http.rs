@@ -52,19 +52,21 @@ impl Client {
             other => broken(other.to_string()),
         })?;
         let status = response.status().as_u16();
-        let offset = match status {
+        let offset: u64 = match status {
             200 => 0,
             206 => {
                 let range = response.headers().get("Content-Range").and_then(|range| range.to_str().ok());
-                let first = range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.parse().ok());
+                let first =
+                    range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.parse().ok());
                 first.ok_or_else(|| broken("the server's answer has no range".to_owned()))?
             }
             404 | 410 => return Err(FetchError::NotFound { url: url.to_owned() }),
             _ => return Err(FetchError::Status { url: url.to_owned(), status }),
         };
+        let size = response.body().content_length().map(|rest| offset.saturating_add(rest));
         // The reader has no limit of its own: callers bound what they take.
         let reader = response.into_body().into_with_config().limit(u64::MAX).reader();
-        Ok(Stream { reader: Box::new(reader), offset })
+        Ok(Stream { reader: Box::new(reader), offset, size })
     }
 }
 

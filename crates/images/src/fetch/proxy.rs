@@ -33,11 +33,12 @@ impl Proxies {
         let authority = rest.split('/').next()?.rsplit('@').next()?;
         let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host).to_ascii_lowercase();
         let kinds: &[&str] = if scheme == "https" { &["https", "http"] } else { &["http"] };
-        let names = kinds.iter().flat_map(|kind| {
-            [format!("Acquire::{kind}::Proxy::{host}"), format!("Acquire::{kind}::Proxy")]
-        });
+        let names = kinds
+            .iter()
+            .flat_map(|kind| [format!("Acquire::{kind}::Proxy::{host}"), format!("Acquire::{kind}::Proxy")]);
         if let Some(value) = names.filter_map(|name| self.conf.get(&name)).find(|value| !value.is_empty()) {
-            return (!["DIRECT", "false"].iter().any(|none| value.eq_ignore_ascii_case(none))).then(|| value.to_owned());
+            return (!["DIRECT", "false"].iter().any(|none| value.eq_ignore_ascii_case(none)))
+                .then(|| value.to_owned());
         }
         let excepted = self.except.iter().filter(|entry| !entry.is_empty()).any(|entry| {
             let suffix = entry.trim_start_matches(['*', '.']);
@@ -66,7 +67,9 @@ mod tests {
         assert_eq!(of(&conf, "http://localhost:8080/x"), None);
         assert_eq!(of(&conf, "http://b.inside.example/x"), None);
         assert_eq!(of(&conf, "http://another.example/x").as_deref(), Some("http://env.example:1"));
-        conf.parse("Acquire::http::Proxy \"http://apt.example:2\"; Acquire::http::Proxy::c.example \"DIRECT\";");
+        conf.parse(
+            "Acquire::http::Proxy \"http://apt.example:2\"; Acquire::http::Proxy::c.example \"DIRECT\";",
+        );
         assert_eq!(of(&conf, "http://localhost:8080/x").as_deref(), Some("http://apt.example:2"));
         assert_eq!(of(&conf, "https://user@a.example:443/x").as_deref(), Some("http://apt.example:2"));
         assert_eq!(of(&conf, "http://c.example/x"), None);
