@@ -1,7 +1,7 @@
 //! Interrupts between devices, interrupt controllers and vCPUs: lines and messages.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// A message-signalled interrupt: the write that a device makes (SDM vol. 3A, 10.11).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -23,6 +23,18 @@ pub trait LocalApics: Send + Sync {
     /// The IOAPIC's redirection table changed: what each of its pins would send now (`None` when masked), and whether it
     /// is level-triggered, so that an engine whose LAPICs are elsewhere knows which vectors' EOIs to hand back.
     fn routes(&self, _routes: &[Option<(Msi, bool)>; 24]) {}
+
+    /// Tells who answers when a processor takes an 8259's interrupt, or ends a level-triggered one.
+    fn connect(&self, controllers: Weak<dyn Controllers>);
+}
+
+/// The devices' side of interrupt delivery, as local APICs see it.
+pub trait Controllers: Send + Sync {
+    /// The INTA cycle: the 8259s' vector. `None` where INTR is down: there is nothing to take.
+    fn acknowledge(&self) -> Option<u8>;
+
+    /// A processor ended the service of a level-triggered `vector`.
+    fn eoi(&self, vector: u8);
 }
 
 /// What is at the far end of a line.

@@ -4,10 +4,13 @@
 //! Knows no engine and no device: only the `vm` crate puts them together.
 #![forbid(unsafe_code)]
 
+pub mod apic;
 pub mod bus;
 pub mod clock;
 pub mod cpu;
 pub mod irq;
+pub mod irqs;
+pub mod pic;
 pub mod power;
 
 use std::sync::Arc;
