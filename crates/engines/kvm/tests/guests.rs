@@ -1,0 +1,263 @@
+//! Tiny guests on the host's KVM. Each prints `skipped: …` where there is none.
+//!
+//! They are real-mode programs of a few bytes, so that they run even on a KVM that cannot run a kernel.
+
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use kvm::{Controllers, Vcpu, Vm};
+use machine::cpu::{Activity, Debug, Exit, State, Stop, Vcpu as _};
+use machine::irq::{LocalApics, Msi};
+use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
+use x86::{Segment, gpr, segment::index};
+
+/// Where the programs lie.
+const CODE: u64 = 0x1000;
+/// The port that ends a program: its write kicks the vCPU.
+const END: u8 = 0xf4;
+
+/// A device that records writes and answers reads with consecutive numbers.
+#[derive(Default)]
+struct Recorder {
+    writes: Mutex<Vec<(u64, u8, u64)>>,
+    reads: Mutex<u64>,
+    kick: Mutex<Option<Arc<dyn machine::cpu::Kick>>>,
+}
+
+impl Registers for Recorder {
+    fn read(&self, _: u64, _: u8) -> u64 {
+        let mut reads = self.reads.lock().unwrap();
+        *reads += 1;
+        *reads
+    }
+
+    fn write(&self, offset: u64, size: u8, value: u64) {
+        self.writes.lock().unwrap().push((offset, size, value));
+        if let Some(kick) = &*self.kick.lock().unwrap() {
+            kick.kick();
+        }
+    }
+}
+
+struct Guest {
+    machine: Arc<Machine>,
+    vm: Vm,
+    vcpu: Vcpu,
+    ports: Arc<Recorder>,
+    mmio: Arc<Recorder>,
+}
+
+impl Guest {
+    /// Runs until it stops, or kicks it after ten seconds.
+    fn run(&mut self) -> Exit {
+        let kicker = self.vcpu.kicker();
+        let (done, waited) = mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                if waited.recv_timeout(Duration::from_secs(10)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    println!("the guest hangs");
+                    kicker.kick();
+                }
+            });
+            let exit = self.vcpu.run().unwrap();
+            drop(done);
+            exit
+        })
+    }
+}
+
+/// A guest about to execute `code` in real mode, with its segments at 0 and its stack at 0x8000.
+fn guest(code: &[u8]) -> Option<Guest> {
+    if let Err(e) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        println!("skipped: /dev/kvm: {e}");
+        return None;
+    }
+    let clock = Arc::new(Clock::host(1_000_000));
+    let machine = Arc::new(Machine {
+        memory: Memory::new(2 << 20, 0x1000).unwrap(),
+        ports: Bus::default(),
+        mmio: Bus::default(),
+        timers: Timers::new(clock.clone()).unwrap(),
+        clock,
+        power: Power::default(),
+    });
+    let (ports, mmio, end) =
+        (Arc::<Recorder>::default(), Arc::<Recorder>::default(), Arc::<Recorder>::default());
+    machine.ports.insert(0x40, 8, "ports", ports.clone()).unwrap();
+    machine.ports.insert(END.into(), 1, "end", end.clone()).unwrap();
+    machine.mmio.insert(0xa_0000, 0x1000, "mmio", mmio.clone()).unwrap();
+    let vm = Vm::new(&machine.memory).unwrap();
+    let mut vcpu = vm.vcpu(0, &vm.supported(), machine.clone()).unwrap();
+    *end.kick.lock().unwrap() = Some(vcpu.kicker());
+    machine.memory.write(CODE, code);
+    let state = real_mode(&vcpu.state().unwrap());
+    vcpu.set_state(&state).unwrap();
+    Some(Guest { machine, vm, vcpu, ports, mmio })
+}
+
+fn real_mode(reset: &State) -> State {
+    let mut state = reset.clone();
+    state.segments = [Segment::real(0); 6];
+    state.segments[index::CS].attributes |= x86::segment::attr::CODE;
+    state.rip = CODE;
+    state.gpr[gpr::RSP] = 0x8000;
+    state
+}
+
+#[test]
+fn ports_and_memory_mapped_registers() {
+    let Some(mut g) = guest(&[
+        0xe5, 0x40, // in ax, 0x40
+        0xe6, 0x42, // out 0x42, al
+        0xba, 0x44, 0x00, // mov dx, 0x44
+        0xbf, 0x00, 0x20, // mov di, 0x2000
+        0xb9, 0x03, 0x00, // mov cx, 3
+        0xfc, 0xf3, 0x6d, // cld; rep insw
+        0xbe, 0x00, 0x20, // mov si, 0x2000
+        0xb9, 0x03, 0x00, // mov cx, 3
+        0xf3, 0x6e, // rep outsb
+        0xb8, 0x00, 0xa0, 0x8e, 0xd8, // mov ax, 0xa000; mov ds, ax
+        0x66, 0xa1, 0x10, 0x00, // mov eax, [0x10]
+        0x66, 0xa3, 0x20, 0x00, // mov [0x20], eax
+        0xe6, END, // out END, al
+    ]) else {
+        return;
+    };
+    assert_eq!(g.run(), Exit::Kicked);
+    assert_eq!(*g.ports.writes.lock().unwrap(), [(2, 1, 1), (4, 1, 2), (4, 1, 0), (4, 1, 3)]);
+    assert_eq!(*g.mmio.writes.lock().unwrap(), [(0x20, 4, 1)]);
+    assert_eq!(g.machine.memory.load::<u16>(0x2004), 4);
+    let stats = g.vcpu.stats();
+    assert!(stats.counters.iter().any(|&(name, n)| name == "MMIO reads" && n == 1), "{stats:?}");
+}
+
+#[test]
+fn rom_ignores_writes() {
+    let Some(mut g) = guest(&[
+        0x66, 0xbb, 0x00, 0xf0, 0xff, 0xff, // mov ebx, 0xfffff000
+        0x67, 0xc6, 0x03, 0x55, // mov byte [ebx], 0x55
+        0x67, 0x8a, 0x03, // mov al, [ebx]
+        0xe6, 0x40, // out 0x40, al
+        0xe6, END,
+    ]) else {
+        return;
+    };
+    // Big real mode, to reach the ROM below 4 GiB.
+    let mut state = g.vcpu.state().unwrap();
+    state.segments[index::DS].limit = u32::MAX;
+    state.segments[index::DS].attributes |= x86::segment::attr::G;
+    g.vcpu.set_state(&state).unwrap();
+    assert_eq!(g.run(), Exit::Kicked);
+    assert_eq!(*g.ports.writes.lock().unwrap(), [(0, 1, 0)]);
+}
+
+#[test]
+fn a_kick_ends_a_loop_and_is_not_lost_while_not_running() {
+    let Some(mut g) = guest(&[0xeb, 0xfe]) else { return };
+    g.vcpu.kicker().kick();
+    assert_eq!(g.run(), Exit::Kicked);
+    let kicker = g.vcpu.kicker();
+    let (started, wait) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        wait.recv().unwrap();
+        kicker.kick();
+    });
+    started.send(()).unwrap();
+    assert_eq!(g.run(), Exit::Kicked);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_triple_fault_is_reported_and_stays() {
+    // lidt [cs:0x1010], with a limit of 0; int3
+    let mut code = vec![0x0f, 0x01, 0x1e, 0x10, 0x10, 0xcc];
+    code.resize(0x16, 0);
+    let Some(mut g) = guest(&code) else { return };
+    assert_eq!(g.run(), Exit::TripleFault);
+    assert_eq!(g.vcpu.state().unwrap().activity, Activity::Shutdown);
+    assert_eq!(g.run(), Exit::TripleFault);
+}
+
+#[test]
+fn state_goes_out_and_in() {
+    let Some(mut g) = guest(&[0xeb, 0xfe]) else { return };
+    let mut state = g.vcpu.state().unwrap();
+    state.gpr = std::array::from_fn(|i| 0x0123_4567_89ab_cdef ^ (i as u64) << 32);
+    state.fpu.fcw = 0x27f;
+    state.fpu.st[2] = [1, 2, 3, 4, 5, 6, 7, 0x80, 0xff, 0x3f];
+    state.fpu.ymm[5] = std::array::from_fn(|i| if i < 16 { i as u8 } else { 0 });
+    state.fpu.mxcsr = 0x1fa0;
+    state.dr = [0x1000, 0x2000, 0x3000, 0x4000];
+    state.msrs.star = 0x23_0010_0000_0000;
+    state.msrs.lstar = 0xffff_ffff_8100_0000;
+    state.msrs.sfmask = 0x4_7700;
+    state.msrs.tsc_offset = 10_000_000_000;
+    g.vcpu.set_state(&state).unwrap();
+    let mut back = g.vcpu.state().unwrap();
+    let drift = back.msrs.tsc_offset.abs_diff(state.msrs.tsc_offset);
+    assert!(drift < 10_000_000, "the TSC is {drift} ticks of 1 GHz off");
+    back.msrs.tsc_offset = state.msrs.tsc_offset;
+    assert_eq!(back, state);
+}
+
+#[test]
+fn a_message_wakes_a_halted_processor() {
+    // sti; hlt; jmp $; and at 0x10, the handler: in al, 0x40; out END, al
+    let mut code = vec![0xfb, 0xf4, 0xeb, 0xfe];
+    code.resize(0x10, 0x90);
+    code.extend([0xe4, 0x40, 0xe6, END]);
+    let Some(mut g) = guest(&code) else { return };
+    g.machine.memory.store(0x41 * 4, 0x1010u32);
+    // The LAPIC starts disabled, where it takes no fixed interrupt: its spurious-interrupt register is memory-mapped, so
+    // that real mode reaches it by a big segment only. An NMI needs no enabling.
+    g.machine.memory.store(2 * 4, 0x1010u32);
+    let vm = g.vm.clone();
+    let thread = std::thread::spawn(move || {
+        vm.send(Msi { address: 0xfee0_0000, data: 0x400 })
+    });
+    assert_eq!(g.run(), Exit::Kicked);
+    assert_eq!(*g.ports.reads.lock().unwrap(), 1);
+    assert!(thread.join().unwrap(), "the LAPIC took it");
+}
+
+#[test]
+fn the_pics_interrupt_waits_for_the_window() {
+    // Interrupts off; out 0x40, al; sti; nop; jmp $; handler at 0x10: out END, al
+    let mut code = vec![0xe6, 0x40, 0xfb, 0x90, 0xeb, 0xfe];
+    code.resize(0x10, 0x90);
+    code.extend([0xe6, END]);
+    let Some(mut g) = guest(&code) else { return };
+    g.machine.memory.store(0x08 * 4, 0x1010u32);
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let (theirs, vm, ports) = (order.clone(), g.vm.clone(), g.ports.clone());
+    g.vm.connect(Controllers {
+        acknowledge: Box::new(move || {
+            vm.intr(false);
+            theirs.lock().unwrap().push(ports.writes.lock().unwrap().len());
+            Some(8)
+        }),
+        eoi: Box::new(|_| {}),
+    });
+    g.vm.intr(true);
+    assert_eq!(g.run(), Exit::Kicked);
+    assert_eq!(*order.lock().unwrap(), [1], "acknowledged once, after the write that came before STI");
+}
+
+#[test]
+fn single_steps_and_breakpoints() {
+    let Some(mut g) = guest(&[0x90, 0x40, 0x40, 0x40, 0xa2, 0x00, 0x20, 0xe6, END]) else { return };
+    let step = Debug { step: true, ..Debug::default() };
+    g.vcpu.debug(&step).unwrap();
+    assert_eq!(g.run(), Exit::Debug(Stop::Step));
+    assert_eq!(g.vcpu.state().unwrap().rip, CODE + 1);
+    let stops =
+        Debug { breakpoints: vec![CODE + 3], watchpoints: vec![(0x2000, 1, false)], ..Debug::default() };
+    g.vcpu.debug(&stops).unwrap();
+    assert_eq!(g.run(), Exit::Debug(Stop::Breakpoint(CODE + 3)));
+    let state = g.vcpu.state().unwrap();
+    assert_eq!((state.rip, state.gpr[gpr::RAX]), (CODE + 3, 2), "not executed yet");
+    assert_eq!(g.run(), Exit::Debug(Stop::Watchpoint(0x2000)));
+    assert_eq!(g.run(), Exit::Kicked);
+    assert_eq!(g.machine.memory.load::<u8>(0x2000), 3);
+    assert_eq!(g.vcpu.translate(0x1234), Some(0x1234), "no paging");
+}
