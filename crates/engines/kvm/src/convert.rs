@@ -242,7 +242,8 @@ mod tests {
         state.tr = Segment { selector: 0x40, attributes: 0x8b, limit: 0x67, base: 0xffff_8000_0000_0000 };
         state.gdtr = Table { base: 0xfffe_0000_0000_0000, limit: 0x7f };
         state.idtr = Table { base: 0xfffe_0000_0000_1000, limit: 0xfff };
-        (state.cr0, state.cr2, state.cr3, state.cr4, state.efer) = (0x8005_0033, 0xdead, 0x1000, 0x6a0, 0xd01);
+        (state.cr0, state.cr2, state.cr3, state.cr4, state.efer) =
+            (0x8005_0033, 0xdead, 0x1000, 0x6a0, 0xd01);
         state.dr = [1, 2, 3, 4];
         (state.dr6, state.dr7) = (0xffff_4ff1, 0x401);
         state.events = Events {

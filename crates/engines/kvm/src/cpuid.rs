@@ -1,68 +1,45 @@
-//! CPUID: what the model says, less what this host's KVM cannot do.
+//! CPUID between the models of [`x86::cpuid`] and KVM's ioctls.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use x86::cpuid::{Cpuid, Entry, Feature, Features, Leaf};
 
-/// One CPUID leaf of the guest's processor.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Leaf {
-    /// EAX of the question.
-    pub function: u32,
-    /// ECX of the question, for leaves that look at it.
-    pub index: Option<u32>,
-    /// EAX, EBX, ECX and EDX of the answer.
-    pub registers: [u32; 4],
+/// KVM's own paravirtual features, which hosts have more or less of (Linux, Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// Extended topology.
+const TOPOLOGY: u32 = 0xb;
+
+/// What KVM said it supports, leaf by leaf.
+fn answer(supported: &CpuId, leaf: u32, subleaf: u32) -> Leaf {
+    let entry = supported.as_slice().iter().find(|e| e.function == leaf && e.index == subleaf);
+    entry.map_or(Leaf::default(), |e| Leaf { eax: e.eax, ebx: e.ebx, ecx: e.ecx, edx: e.edx })
 }
 
-const EAX: usize = 0;
-const EBX: usize = 1;
-const ECX: usize = 2;
-const EDX: usize = 3;
-
-/// Registers that are sets of features, each of which the host must have: function, index, register, and the bits that
-/// count as had although KVM_GET_SUPPORTED_CPUID may not say so.
-const FEATURES: [(u32, u32, usize, u32); 15] = [
-    // TSC-deadline comes with the LAPIC (`Vm::new` asks for it), OSXSAVE follows CR4, and that there is a hypervisor is so.
-    (1, 0, ECX, 1 << 24 | 1 << 27 | 1 << 31),
-    // The APIC bit follows the APIC base MSR; HTT is topology.
-    (1, 0, EDX, 1 << 9 | 1 << 28),
-    (7, 0, EBX, 0),
-    (7, 0, ECX, 0),
-    (7, 0, EDX, 0),
-    (7, 1, EAX, 0),
-    (0xd, 0, EAX, 0),
-    (0xd, 0, EDX, 0),
-    (0xd, 1, EAX, 0),
-    // CMP_LEGACY and TOPOEXT are topology.
-    (0x8000_0001, 0, ECX, 1 << 1 | 1 << 22),
-    (0x8000_0001, 0, EDX, 1 << 9),
-    (0x8000_0007, 0, EDX, 1 << 8),
-    (0x8000_0008, 0, EBX, 0),
-    (0x8000_000a, 0, EDX, 0),
-    (0x4000_0001, 0, EAX, 0),
-];
-
-/// The model's leaves for KVM_SET_CPUID2, with the features that are not `supported` taken out.
-pub fn filter(model: &[Leaf], supported: &CpuId) -> Vec<kvm_cpuid_entry2> {
-    model.iter().map(|leaf| entry(&filter_leaf(leaf, supported))).collect()
+/// The features that a guest can have on this host.
+pub fn features(supported: &CpuId) -> Features {
+    // KVM may not list the deadline timer, for it needs the LAPIC in the kernel, where `Vm::new` puts it; the APIC bit
+    // follows the APIC base MSR.
+    Features::from_leaves(|leaf, subleaf| answer(supported, leaf, subleaf))
+        .or(Features::of(&[Feature::TSC_DEADLINE, Feature::APIC]))
 }
 
-fn filter_leaf(leaf: &Leaf, supported: &CpuId) -> Leaf {
-    let index = leaf.index.unwrap_or(0);
-    let host = supported.as_slice().iter().find(|e| e.function == leaf.function && e.index == index);
-    let host = host.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx]);
-    let mut leaf = *leaf;
-    for (_, _, register, granted) in FEATURES.iter().filter(|f| (f.0, f.1) == (leaf.function, index)) {
-        leaf.registers[*register] &= host[*register] | granted;
+/// What KVM_SET_CPUID2 takes for the vCPU with LAPIC `id` of the processor `model`. KVM fills in what CR4 and XCR0 decide.
+pub fn entries(model: &Cpuid, supported: &CpuId, id: u8) -> Vec<kvm_cpuid_entry2> {
+    model.entries().iter().map(|e| entry(e, supported, id)).collect()
+}
+
+fn entry(e: &Entry, supported: &CpuId, id: u8) -> kvm_cpuid_entry2 {
+    let mut value = e.value;
+    match e.leaf {
+        1 => value.ebx |= u32::from(id) << 24,
+        TOPOLOGY => value.edx = id.into(),
+        KVM_FEATURES => value.eax &= answer(supported, KVM_FEATURES, 0).eax,
+        _ => {}
     }
-    leaf
-}
-
-fn entry(leaf: &Leaf) -> kvm_cpuid_entry2 {
-    let [eax, ebx, ecx, edx] = leaf.registers;
+    let Leaf { eax, ebx, ecx, edx } = value;
     kvm_cpuid_entry2 {
-        function: leaf.function,
-        index: leaf.index.unwrap_or(0),
-        flags: if leaf.index.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
+        function: e.leaf,
+        index: e.subleaf.unwrap_or(0),
+        flags: if e.subleaf.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
         eax,
         ebx,
         ecx,
@@ -71,52 +48,53 @@ fn entry(leaf: &Leaf) -> kvm_cpuid_entry2 {
     }
 }
 
-/// The leaves of a list of KVM's.
-pub fn leaves(list: &CpuId) -> Vec<Leaf> {
-    let leaf = |e: &kvm_cpuid_entry2| Leaf {
-        function: e.function,
-        index: (e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0).then_some(e.index),
-        registers: [e.eax, e.ebx, e.ecx, e.edx],
-    };
-    list.as_slice().iter().map(leaf).collect()
-}
-
-/// The components of XCR0 that the guest's processor has.
-pub fn xcr0(entries: &[kvm_cpuid_entry2]) -> u64 {
-    let leaf = entries.iter().find(|e| e.function == 0xd && e.index == 0);
-    leaf.map_or(0, |e| u64::from(e.edx) << 32 | u64::from(e.eax))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use x86::cpuid::{Config, IMPLEMENTED, Model, Vendor};
 
-    fn host() -> CpuId {
-        let leaf = |function, index, registers| entry(&Leaf { function, index, registers });
+    fn supported() -> CpuId {
+        let leaf = |function, index, eax, ebx, ecx, edx| kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        };
         CpuId::from_entries(&[
-            leaf(1, None, [0x800f12, 0x0100_0800, 0x0020_0201, 0x0f]),
-            leaf(7, Some(0), [1, 1 << 5 | 1 << 8, 0, 0]),
-            leaf(0xd, Some(0), [3, 0x340, 0x340, 0]),
+            leaf(1, 0, 0x800f12, 0x0500_0800, 1 << 19, 1 << 25),
+            leaf(7, 0, 0, 1 << 5, 0, 0),
+            leaf(7, 1, 0, 1 << 5, 0, 0),
+            leaf(0x4000_0001, 0, 1 | 1 << 3, 0, 0, 0),
         ])
         .unwrap()
     }
 
     #[test]
-    fn features_that_the_host_lacks_go_and_identity_stays() {
-        let leaf = Leaf { function: 1, index: None, registers: [0x306c3, 0x0300_0800, u32::MAX, u32::MAX] };
-        let got = filter_leaf(&leaf, &host());
-        assert_eq!(got.registers, [0x306c3, 0x0300_0800, 0x8920_0201, 0x1000_020f]);
-        let leaf = Leaf { function: 7, index: Some(0), registers: [0, 1 << 3 | 1 << 5, 4, 8] };
-        assert_eq!(filter_leaf(&leaf, &host()).registers, [0, 1 << 5, 0, 0]);
-        let name = Leaf { function: 0x8000_0002, index: None, registers: [1, 2, 3, 4] };
-        assert_eq!(filter_leaf(&name, &host()), name);
+    fn features_are_what_kvm_lists_and_what_comes_with_its_lapic() {
+        let got: Vec<_> = features(&supported()).names().collect();
+        assert_eq!(got, ["sse4_1", "tsc_deadline_timer", "apic", "sse", "avx2"]);
     }
 
     #[test]
-    fn xcr0_is_what_the_filtered_leaf_says() {
-        let model = [Leaf { function: 0xd, index: Some(0), registers: [7, 0, 0x340, 0] }];
-        let entries = filter(&model, &host());
-        assert_eq!(xcr0(&entries), 3);
-        assert_eq!(entries[0].flags, KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
+    fn every_processor_has_its_own_id() {
+        let config = Config {
+            model: Model::V3,
+            vendor: Vendor::Amd,
+            available: IMPLEMENTED,
+            vcpus: 4,
+            tsc_khz: 1_000_000,
+            host: None,
+        };
+        let model = Cpuid::new(&config).unwrap();
+        let entries = entries(&model, &supported(), 3);
+        let find = |leaf, index| entries.iter().find(|e| e.function == leaf && e.index == index).unwrap();
+        assert_eq!(find(1, 0).ebx, 3 << 24 | 4 << 16 | 8 << 8);
+        assert_eq!((find(0xb, 0).edx, find(0xb, 1).edx), (3, 3));
+        assert_eq!(find(0xb, 1).flags, KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
+        assert_eq!(find(1, 0).flags, 0);
+        assert_eq!(find(0x4000_0001, 0).eax, 1 | 1 << 3, "no more than the host's KVM has");
     }
 }

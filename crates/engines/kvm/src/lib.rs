@@ -2,7 +2,7 @@
 //!
 //! The LAPICs are in the host's kernel ("split irqchip"), and so is HLT; everything else of the machine is ours:
 //! [`machine::bus`] answers port and memory-mapped accesses, the IOAPIC and the PICs are the machine's. The way in is
-//! [`Vm::new`], then [`Vm::connect`] for the interrupt controllers, then [`Vm::vcpu`] per processor.
+//! [`Vm::new`], which is the machine's [`machine::irq::LocalApics`], and [`Vm::vcpu`] for each processor.
 //!
 //! A `/dev/kvm` that opens is not yet one that can run a guest: [`probe()`] tries it.
 //!
@@ -18,10 +18,9 @@ mod probe;
 mod vcpu;
 mod vm;
 
-pub use cpuid::Leaf;
 pub use probe::{Unusable, Usable, probe};
 pub use vcpu::Vcpu;
-pub use vm::{Controllers, Vm};
+pub use vm::Vm;
 
 use machine::cpu::Error;
 

@@ -14,6 +14,7 @@ use kvm_ioctls::Kvm;
 use machine::cpu::{self, Exit, Kick, State, Vcpu as _};
 use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
 use x86::control::{cr0, cr4, efer};
+use x86::cpuid::{Config, Cpuid, Model, Vendor};
 use x86::segment::index;
 use x86::{Segment, Table, gpr};
 
@@ -153,8 +154,21 @@ const USER_CS: u16 = 0x33;
 /// SYSCALL; UD2.
 const USER_CODE: [u8; 4] = [0x0f, 0x05, 0x0f, 0x0b];
 /// XOR EAX, EAX; MOV EAX, CS; OUT 0x80, EAX; IN EAX, 0x81; OUT 0x82, EAX; HLT; JMP to the HLT.
-const KERNEL_CODE: [u8; 13] =
-    [0x31, 0xc0, 0x8c, 0xc8, 0xe7, PORTS as u8, 0xe5, PORTS as u8 + 4, 0xe7, PORTS as u8 + 8, 0xf4, 0xeb, 0xfd];
+const KERNEL_CODE: [u8; 13] = [
+    0x31,
+    0xc0,
+    0x8c,
+    0xc8,
+    0xe7,
+    PORTS as u8,
+    0xe5,
+    PORTS as u8 + 4,
+    0xe7,
+    PORTS as u8 + 8,
+    0xf4,
+    0xeb,
+    0xfd,
+];
 
 /// What the guest reported.
 #[derive(Default)]
@@ -184,6 +198,20 @@ impl Registers for ReportPorts {
     }
 }
 
+/// A processor that has all that the host has.
+fn model(vm: &Vm) -> Result<Cpuid, cpu::Error> {
+    let available = vm.features();
+    let config = Config {
+        model: Model::Host,
+        vendor: Vendor::Amd,
+        available,
+        vcpus: 1,
+        tsc_khz: 1_000_000,
+        host: None,
+    };
+    Cpuid::new(&config).map_err(|missing| cpu::Error::Guest(format!("the host lacks {missing:?}")))
+}
+
 /// Runs the guest.
 fn trial() -> Result<Result<(), Unusable>, cpu::Error> {
     let memory = Memory::new(1 << 20, 0).map_err(|e| cpu::Error::Guest(e.to_string()))?;
@@ -203,7 +231,7 @@ fn trial() -> Result<Result<(), Unusable>, cpu::Error> {
         .insert(PORTS.into(), 12, "trial", Arc::new(ReportPorts(report.clone())))
         .map_err(|e| cpu::Error::Guest(e.to_string()))?;
     let vm = Vm::new(&machine.memory)?;
-    let mut vcpu = vm.vcpu(0, &vm.supported(), machine.clone())?;
+    let mut vcpu = vm.vcpu(0, &model(&vm)?, machine.clone())?;
     let _ = report.vcpu.set(vcpu.kicker());
     load(&machine.memory);
     let state = ring3(&vcpu.state()?);
@@ -232,9 +260,9 @@ fn verdict(exit: Exit, cs: u64, number: u64) -> Result<(), Unusable> {
         (Some(cs), _) if cs & 3 != 0 => {
             Err(Unusable::broken(format!("a guest's SYSCALL ended in ring {} instead of ring 0", cs & 3)))
         }
-        (Some(cs), _) if cs != u64::from(KERNEL_CS) => {
-            Err(Unusable::broken(format!("a guest's SYSCALL loaded {cs:#x} into CS instead of {KERNEL_CS:#x}")))
-        }
+        (Some(cs), _) if cs != u64::from(KERNEL_CS) => Err(Unusable::broken(format!(
+            "a guest's SYSCALL loaded {cs:#x} into CS instead of {KERNEL_CS:#x}"
+        ))),
         (Some(_), _) if number == u64::from(NUMBER) => Ok(()),
         (Some(_), _) => Err(Unusable::broken("a guest's port reads do not work")),
         (None, Exit::TripleFault) => {

@@ -11,15 +11,16 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 use machine::cpu::{self, Activity, Debug, Error, Exit, State, Stats, Stop};
+use machine::irq::Controllers;
 use machine::{Bus, Gpa, Machine};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
+use x86::cpuid::Cpuid;
 use x86::{Segment, flags, msr};
 
-use crate::cpuid::{self, Leaf};
 use crate::kick::Kick;
 use crate::vm::Shared;
-use crate::{convert, debug, fpu, host, msrs};
+use crate::{convert, cpuid, debug, fpu, host, msrs};
 
 // Not in kvm-ioctls: how PIC interrupts get to a LAPIC in the kernel (KVM API, 4.16).
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
@@ -62,12 +63,12 @@ impl Vcpu {
     pub(crate) fn new(
         shared: Arc<Shared>,
         id: u8,
-        model: &[Leaf],
+        model: &Cpuid,
         machine: Arc<Machine>,
         kick: Arc<Kick>,
     ) -> Result<Self, Error> {
         let fd = shared.fd.create_vcpu(id.into()).map_err(host("KVM made no vCPU"))?;
-        let entries = cpuid::filter(model, &shared.supported_cpuid);
+        let entries = cpuid::entries(model, &shared.supported_cpuid, id);
         let list = CpuId::from_entries(&entries)
             .map_err(|_| Error::Guest("the CPU model has more CPUID leaves than KVM takes".into()))?;
         fd.set_cpuid2(&list).map_err(host("KVM did not take the CPU model's CPUID"))?;
@@ -79,7 +80,7 @@ impl Vcpu {
         let msrs = msrs::supported(&fd)?;
         let boot = id == 0;
         let mut vcpu = Self {
-            xcr0: cpuid::xcr0(&entries),
+            xcr0: model.xcr0(),
             fd,
             shared,
             machine,
@@ -91,9 +92,12 @@ impl Vcpu {
             stopped_at: None,
             counters: Counters::default(),
         };
-        let signature = entries.iter().find(|e| e.function == 1).map_or(0, |e| e.eax);
-        cpu::Vcpu::set_state(&mut vcpu, &State::reset(boot, signature))?;
+        cpu::Vcpu::set_state(&mut vcpu, &State::reset(boot, model.signature()))?;
         Ok(vcpu)
+    }
+
+    fn controllers(&self) -> Option<Arc<dyn Controllers>> {
+        self.shared.controllers.get()?.upgrade()
     }
 
     /// Hands the boot processor what the PICs have for it, or asks KVM to tell when it can take it.
@@ -101,10 +105,10 @@ impl Vcpu {
         if !self.boot {
             return Ok(());
         }
-        let Some(controllers) = self.shared.controllers.get() else { return Ok(()) };
+        let Some(controllers) = self.controllers() else { return Ok(()) };
         if self.shared.intr.load(Ordering::SeqCst)
             && self.fd.get_kvm_run().ready_for_interrupt_injection != 0
-            && let Some(vector) = (controllers.acknowledge)()
+            && let Some(vector) = controllers.acknowledge()
         {
             self.counters.pic += 1;
             let interrupt = kvm_interrupt { irq: vector.into() };
@@ -129,8 +133,8 @@ impl Vcpu {
                 // SAFETY: the exit reason says that this is the field; any bits are a `u8`.
                 let vector = unsafe { run.__bindgen_anon_1.eoi.vector };
                 self.counters.eoi += 1;
-                if let Some(controllers) = self.shared.controllers.get() {
-                    (controllers.eoi)(vector);
+                if let Some(controllers) = self.controllers() {
+                    controllers.eoi(vector);
                 }
             }
             KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_INTR | KVM_EXIT_HLT => self.counters.other += 1,
@@ -232,7 +236,10 @@ impl Vcpu {
         );
         for (name, seg) in ["es", "cs", "ss", "ds", "fs", "gs"].iter().zip(&s.segments) {
             let Segment { selector, base, limit, attributes } = seg;
-            let _ = write!(text, "\n{name} {selector:04x} base {base:x} limit {limit:x} attributes {attributes:04x}");
+            let _ = write!(
+                text,
+                "\n{name} {selector:04x} base {base:x} limit {limit:x} attributes {attributes:04x}"
+            );
         }
         text
     }
@@ -267,7 +274,6 @@ impl Vcpu {
         Ok(())
     }
 }
-
 
 fn value(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b))
@@ -366,8 +372,10 @@ impl cpu::Vcpu for Vcpu {
         }
         // SAFETY: the kernel reads more than the structure's 4 KiB only where a process asked for larger state, by
         // arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which Lodge never does.
-        unsafe { fd.set_xsave(&fpu::to_xsave(&state.fpu, self.xcr0)) }.map_err(host("KVM did not take the FPU"))?;
-        fd.set_debug_regs(&convert::to_debugregs(state)).map_err(host("KVM did not take the debug registers"))?;
+        unsafe { fd.set_xsave(&fpu::to_xsave(&state.fpu, self.xcr0)) }
+            .map_err(host("KVM did not take the FPU"))?;
+        fd.set_debug_regs(&convert::to_debugregs(state))
+            .map_err(host("KVM did not take the debug registers"))?;
         msrs::set(fd, &self.msrs, &state.msrs)?;
         self.set_tsc_offset(state.msrs.tsc_offset)?;
         let mp_state = kvm_mp_state { mp_state: convert::to_mp_state(state.activity) };

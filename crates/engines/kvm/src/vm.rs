@@ -1,7 +1,7 @@
 //! A VM of the host's KVM: memory slots, interrupts in, and what all its vCPUs share.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_SPLIT_IRQCHIP, KVM_GUESTDBG_BLOCKIRQ, KVM_IRQ_ROUTING_MSI,
@@ -11,14 +11,14 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use machine::Machine;
 use machine::cpu::Error;
-use machine::irq::{LocalApics, Msi};
+use machine::irq::{Controllers, LocalApics, Msi};
 use memory::{Kind, Memory};
 use vmm_sys_util::eventfd::EventFd;
+use x86::cpuid::{Cpuid, Features};
 
-use crate::cpuid::{self, Leaf};
 use crate::kick::{self, Kick};
 use crate::vcpu::Vcpu;
-use crate::host;
+use crate::{cpuid, host};
 
 /// Pins of the IOAPIC.
 const PINS: usize = 24;
@@ -45,20 +45,13 @@ pub(crate) const CAPABILITIES: [(Cap, &str); 13] = [
     (Cap::VcpuEvents, "vCPU events"),
 ];
 
-/// The interrupt controllers, which are not in the kernel.
-pub struct Controllers {
-    /// The PICs' INTA cycle: the vector of the interrupt that INTR is up for, if it still is.
-    pub acknowledge: Box<dyn Fn() -> Option<u8> + Send + Sync>,
-    /// A LAPIC's EOI for a level-triggered vector, for the IOAPIC.
-    pub eoi: Box<dyn Fn(u8) + Send + Sync>,
-}
-
 /// What a VM's vCPUs share.
 pub(crate) struct Shared {
     pub fd: VmFd,
     pub supported_cpuid: CpuId,
     pub block_irqs: bool,
-    pub controllers: OnceLock<Controllers>,
+    /// The PICs and the IOAPIC.
+    pub controllers: OnceLock<Weak<dyn Controllers>>,
     /// The level of the PICs' INTR.
     pub intr: AtomicBool,
     /// The processor that takes INTR.
@@ -94,11 +87,8 @@ impl Vm {
             .map_err(host("KVM did not tell which CPUID features it has"))?;
         fd.set_identity_map_address(IDENTITY_MAP).map_err(host("KVM took no identity map"))?;
         fd.set_tss_address(TSS).map_err(host("KVM took no TSS address"))?;
-        let split = kvm_enable_cap {
-            cap: KVM_CAP_SPLIT_IRQCHIP,
-            args: [PINS as u64, 0, 0, 0],
-            ..Default::default()
-        };
+        let split =
+            kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [PINS as u64, 0, 0, 0], ..Default::default() };
         fd.enable_cap(&split).map_err(host("KVM has no split irqchip"))?;
         map(&fd, memory)?;
         kick::install_handler();
@@ -115,19 +105,12 @@ impl Vm {
         Ok(Self { shared: Arc::new(shared), routes: Arc::default() })
     }
 
-    /// Says where interrupts are acknowledged and ended. Once, before a vCPU runs; without it there are no PICs and no
-    /// IOAPIC.
-    pub fn connect(&self, controllers: Controllers) {
-        // A second call has no effect.
-        let _ = self.shared.controllers.set(controllers);
-    }
-
-    /// Makes the vCPU with LAPIC `id` (0 is the boot processor) and the CPUID leaves `model`, less what the host lacks.
-    /// It is as after reset, at the time that the machine's clock shows.
+    /// Makes the vCPU with LAPIC `id` (0 is the boot processor) of the processor `model`, which has no more than
+    /// [`Vm::features`]. It is as after reset, at the time that the machine's clock shows.
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn vcpu(&self, id: u8, model: &[Leaf], machine: Arc<Machine>) -> Result<Vcpu, Error> {
+    pub fn vcpu(&self, id: u8, model: &Cpuid, machine: Arc<Machine>) -> Result<Vcpu, Error> {
         let kick = Arc::new(Kick::default());
         let vcpu = Vcpu::new(self.shared.clone(), id, model, machine, kick.clone())?;
         if id == 0 {
@@ -136,9 +119,9 @@ impl Vm {
         Ok(vcpu)
     }
 
-    /// Every CPUID leaf that this host's KVM can give a guest.
-    pub fn supported(&self) -> Vec<Leaf> {
-        cpuid::leaves(&self.shared.supported_cpuid)
+    /// The processor features that a guest can have on this host.
+    pub fn features(&self) -> Features {
+        cpuid::features(&self.shared.supported_cpuid)
     }
 
     /// Lets `event` stand for a message: when it is signalled, KVM delivers `msi` without a way through this process.
@@ -193,11 +176,8 @@ fn entries(routes: &Routes) -> Vec<kvm_irq_routing_entry> {
     });
     let messages = routes.messages.iter().enumerate().map(|(i, &msi)| (PINS + i, msi));
     let entry = |(gsi, msi): (usize, Msi)| {
-        let mut entry = kvm_irq_routing_entry {
-            gsi: gsi as u32,
-            type_: KVM_IRQ_ROUTING_MSI,
-            ..Default::default()
-        };
+        let mut entry =
+            kvm_irq_routing_entry { gsi: gsi as u32, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
         entry.u.msi.address_lo = msi.address as u32;
         entry.u.msi.address_hi = (msi.address >> 32) as u32;
         entry.u.msi.data = msi.data;
@@ -240,6 +220,11 @@ impl LocalApics for Vm {
         if level && let Some(boot) = self.shared.boot.get() {
             boot.poke();
         }
+    }
+
+    fn connect(&self, controllers: Weak<dyn Controllers>) {
+        // A second call has no effect.
+        let _ = self.shared.controllers.set(controllers);
     }
 
     fn routes(&self, pins: &[Option<(Msi, bool)>; PINS]) {

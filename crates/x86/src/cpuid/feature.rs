@@ -140,6 +140,11 @@ impl Features {
         Self(words)
     }
 
+    /// The set that a processor shows, whose answers to a leaf and subleaf `cpuid` gives.
+    pub fn from_leaves(mut cpuid: impl FnMut(u32, u32) -> super::Leaf) -> Self {
+        Self(WORDS.map(|(leaf, subleaf, register)| *cpuid(leaf, subleaf).register(register)))
+    }
+
     /// Whether `feature` is in the set.
     #[inline]
     pub const fn has(&self, feature: Feature) -> bool {
