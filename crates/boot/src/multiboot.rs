@@ -1,0 +1,94 @@
+//! Multiboot 1 (Multiboot Specification 0.6.96).
+
+use machine::cpu::State;
+use memory::Memory;
+use x86::gpr;
+
+use crate::elf::Elf;
+use crate::{Error, Image, Kernel, at, map, place, start};
+
+const HEADER_MAGIC: u32 = 0x1bad_b002;
+const LOADER_MAGIC: u64 = 0x2bad_b002;
+/// Header flags that must be understood: page-aligned modules, memory information, video mode (ignored), addresses.
+const KNOWN: u32 = 0x0001_0007;
+/// Modules that fit into the information page.
+const MAX_MODULES: usize = 16;
+
+/// The flags of the header in a file's first 8 KiB, if there is one.
+pub fn find(head: &[u8]) -> Option<u32> {
+    let words: Vec<u32> =
+        head.chunks_exact(4).take(2048).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
+    let header =
+        words.windows(3).find(|w| w[0] == HEADER_MAGIC && w[0].wrapping_add(w[1]).wrapping_add(w[2]) == 0)?;
+    Some(header[1])
+}
+
+/// A module in guest memory.
+pub struct Module {
+    pub start: u64,
+    pub len: u64,
+    name: String,
+}
+
+/// Loads all of `what.initrd`, above `floor`.
+pub fn modules(memory: &Memory, what: &Kernel<'_>, floor: u64) -> Result<Vec<Module>, Error> {
+    let mut limit = u64::MAX;
+    let mut loaded = Vec::new();
+    for path in what.initrd {
+        let image = Image::open(path)?;
+        if loaded.len() == MAX_MODULES {
+            return Err(image.error("one module too many: up to 16 can be given"));
+        }
+        let start = place::high(memory, image.len, limit, floor).ok_or_else(|| image.too_large())?;
+        image.copy(0, image.len, memory, start)?;
+        limit = start;
+        loaded.push(Module { start, len: image.len, name: path.display().to_string() });
+    }
+    Ok(loaded)
+}
+
+pub fn load(memory: &Memory, image: &Image, elf: &Elf, what: &Kernel<'_>) -> Result<State, Error> {
+    let flags = find(&image.head()?).unwrap_or(0);
+    if flags & 0xffff & !KNOWN != 0 {
+        return Err(image.error("a multiboot kernel that requires features which Lodge does not have"));
+    }
+    let end = elf.load(image, memory)?;
+    let modules = modules(memory, what, end)?;
+
+    let mut strings = place::cmdline(memory, at::CMDLINE, what.cmdline, usize::MAX)?;
+    let list_at = at::INFO + 128;
+    let mut list = Vec::new();
+    for module in &modules {
+        for word in [module.start, module.start + module.len, strings, 0] {
+            list.extend_from_slice(&(word as u32).to_le_bytes());
+        }
+        strings = place::cmdline(memory, strings, &module.name, usize::MAX)?;
+    }
+    let loader = strings;
+    place::cmdline(memory, loader, "Lodge", usize::MAX)?;
+    let map_at = list_at + list.len() as u64;
+    let mut table = Vec::new();
+    for range in map::ranges(memory) {
+        table.extend_from_slice(&20u32.to_le_bytes());
+        table.extend_from_slice(&range.start.to_le_bytes());
+        table.extend_from_slice(&range.size.to_le_bytes());
+        table.extend_from_slice(&(range.kind as u32).to_le_bytes());
+    }
+
+    let mut info = [0u32; 30];
+    info[0] = 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9; // memory, command line, modules, map, loader's name
+    (info[1], info[2]) = (640 - 1, ((map::low_end(memory) - at::HIGH) >> 10) as u32);
+    info[4] = at::CMDLINE as u32;
+    (info[5], info[6]) = (modules.len() as u32, list_at as u32);
+    (info[11], info[12]) = (table.len() as u32, map_at as u32);
+    info[16] = loader as u32;
+    let bytes: Vec<u8> = info.iter().flat_map(|w| w.to_le_bytes()).collect();
+    place::bytes(memory, at::INFO, &bytes)?;
+    place::bytes(memory, list_at, &list)?;
+    place::bytes(memory, map_at, &table)?;
+
+    let mut state = start::protected(memory, elf.entry)?;
+    state.gpr[gpr::RAX] = LOADER_MAGIC;
+    state.gpr[gpr::RBX] = at::INFO;
+    Ok(state)
+}

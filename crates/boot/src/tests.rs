@@ -1,0 +1,205 @@
+use std::io::Write;
+
+use memory::Memory;
+use vm_memory::{Bytes, GuestAddress};
+use x86::control::{cr0, efer};
+use x86::gpr;
+
+use super::*;
+
+fn file(name: &str, bytes: &[u8]) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("lodge-boot-{}-{name}", std::process::id()));
+    File::create(&path).unwrap().write_all(bytes).unwrap();
+    path
+}
+
+fn try_load(name: &str, bytes: &[u8], memory: &Memory) -> Result<State, Error> {
+    let path = file(name, bytes);
+    let initrd = [file(&format!("{name}-initrd"), b"a disk")];
+    let result = load(memory, &Kernel { kernel: &path, initrd: &initrd, cmdline: "quiet", rsdp: 0xe_0000 });
+    std::fs::remove_file(path).unwrap();
+    std::fs::remove_file(&initrd[0]).unwrap();
+    result
+}
+
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes[at..at + value.len()].copy_from_slice(value);
+}
+
+/// A bzImage of protocol 2.15 with a 64-bit entry, that wants 8 MiB at 16 MiB.
+fn bzimage() -> Vec<u8> {
+    let mut b = vec![0; 0x400 + 0x1000];
+    b[0x1f1] = 1; // one sector of set-up
+    put(&mut b, 0x202, b"HdrS\x0f\x02");
+    b[0x211] = 1;
+    put(&mut b, 0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(&mut b, 0x234, &[1, 21, 1, 0]);
+    put(&mut b, 0x238, &2047u32.to_le_bytes());
+    put(&mut b, 0x258, &0x100_0000u64.to_le_bytes());
+    put(&mut b, 0x260, &0x80_0000u32.to_le_bytes());
+    put(&mut b, 0x400, b"kernel");
+    b
+}
+
+/// An ELF file of 32 or 64 bits with one segment at 1 MiB, and a PVH note if `pvh`.
+fn elf(bits: u8, pvh: bool) -> Vec<u8> {
+    let mut b = vec![0; 0x400];
+    put(&mut b, 0, b"\x7fELF");
+    (b[4], b[5], b[6], b[16], b[18], b[20]) = (bits / 32, 1, 1, 2, if bits == 64 { 62 } else { 3 }, 1);
+    let word = |b: &mut Vec<u8>, at: usize, v: u64| put(b, at, &v.to_le_bytes()[..usize::from(bits / 8)]);
+    let headers = if bits == 64 { 64 } else { 52 };
+    word(&mut b, 24, 0x10_0010);
+    word(&mut b, if bits == 64 { 32 } else { 28 }, headers as u64);
+    let sizes = if bits == 64 { 52 } else { 40 };
+    put(&mut b, sizes, &[headers as u8, 0, if bits == 64 { 56 } else { 32 }, 0, 2, 0]);
+    for (n, (kind, offset, size)) in
+        [(1u8, 0x200u64, 0x100u64), (4, 0x300, if pvh { 20 } else { 0 })].iter().enumerate()
+    {
+        let h = headers + n * if bits == 64 { 56 } else { 32 };
+        b[h] = *kind;
+        let fields: [usize; 5] = if bits == 64 { [8, 24, 32, 40, 48] } else { [4, 12, 16, 20, 28] };
+        for (at, v) in fields.iter().zip([*offset, 0x10_0000, *size, *size, 4]) {
+            word(&mut b, h + at, v);
+        }
+    }
+    put(&mut b, 0x200, b"segment");
+    put(&mut b, 0x300, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    put(&mut b, 0x30c, b"Xen\0\x20\0\x10\0");
+    b
+}
+
+fn word(memory: &Memory, at: u64) -> u64 {
+    memory.guest().read_obj::<u32>(GuestAddress(at)).unwrap().into()
+}
+
+fn text(memory: &Memory, at: u64, len: usize) -> String {
+    let mut bytes = vec![0; len];
+    memory.guest().read_slice(&mut bytes, GuestAddress(at)).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[test]
+fn linux_starts_at_its_64_bit_entry() {
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    let state = try_load("bz", &bzimage(), &memory).unwrap();
+    assert_eq!((state.rip, state.gpr[gpr::RSI]), (0x100_0200, at::ZERO_PAGE));
+    assert!(state.efer & efer::LMA != 0 && state.cr0 & cr0::PG != 0);
+    assert_eq!(text(&memory, 0x100_0000, 6), "kernel");
+    let zero = |offset| word(&memory, at::ZERO_PAGE + offset);
+    assert_eq!(text(&memory, zero(0x228), 6), "quiet\0");
+    assert_eq!(text(&memory, zero(0x218), zero(0x21c) as usize), "a disk");
+    assert_eq!(zero(0x70), 0xe_0000);
+    assert_eq!(zero(0x1e8) & 0xff, 5);
+}
+
+#[test]
+fn an_old_or_32_bit_linux_starts_in_protected_mode() {
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    let mut b = bzimage();
+    b[0x236] = 0;
+    let state = try_load("bz32", &b, &memory).unwrap();
+    assert_eq!((state.rip, state.efer), (0x100_0000, 0));
+    assert!(state.cr0 & cr0::PG == 0);
+}
+
+#[test]
+fn elf_starts_by_pvh_or_multiboot() {
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    for bits in [32, 64] {
+        let state = try_load(&format!("pvh{bits}"), &elf(bits, true), &memory).unwrap();
+        assert_eq!((state.rip, state.gpr[gpr::RBX]), (0x10_0020, at::INFO));
+        assert_eq!(word(&memory, at::INFO), 0x336e_c578);
+        let list = word(&memory, at::INFO + 16);
+        assert_eq!(text(&memory, word(&memory, list), 6), "a disk");
+    }
+    let mut b = elf(32, false);
+    assert!(
+        try_load("none", &b, &memory)
+            .unwrap_err()
+            .to_string()
+            .ends_with("neither a PVH note nor a multiboot header")
+    );
+    for (n, w) in [0x1bad_b002, 3, 0u32.wrapping_sub(0x1bad_b002 + 3)].iter().enumerate() {
+        put(&mut b, 0x210 + 4 * n, &w.to_le_bytes());
+    }
+    let state = try_load("mb", &b, &memory).unwrap();
+    assert_eq!((state.rip, state.gpr[gpr::RAX], state.gpr[gpr::RBX]), (0x10_0010, 0x2bad_b002, at::INFO));
+    assert_eq!(word(&memory, at::INFO + 8), (63 << 20) / 1024);
+    let module = word(&memory, at::INFO + 24);
+    assert_eq!(text(&memory, word(&memory, module), 6), "a disk");
+}
+
+#[test]
+fn damaged_files_are_refused_in_one_sentence() {
+    let small = Memory::new(8 << 20, 0).unwrap();
+    assert!(matches!(try_load("small", &bzimage(), &small), Err(Error::TooLarge { .. })));
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    for (name, bytes) in
+        [("empty", vec![]), ("text", b"hello".to_vec()), ("gzip", b"\x1f\x8b\x08\0".to_vec())]
+    {
+        let error = try_load(name, &bytes, &memory).unwrap_err().to_string();
+        assert!(error.contains("lodge-boot-") && !error.contains('\n'), "{error}");
+    }
+    let mut low = elf(64, true);
+    put(&mut low, 64 + 24, &0x1000u64.to_le_bytes());
+    assert!(try_load("low", &low, &memory).is_err());
+}
+
+/// Any damage to any header gives an error or a loaded guest, never a panic.
+#[test]
+fn mutated_headers_do_no_harm() {
+    let mut x = 0x9e37_79b9_7f4a_7c15_u64;
+    println!("seed {x:#x}");
+    let originals = [bzimage(), elf(32, true), elf(64, true), elf(32, false)];
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    for n in 0..4000 {
+        let mut b = originals[n % 4].clone();
+        for _ in 0..=n % 5 {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            let area = if n % 4 == 0 { 0x1f0..0x270 } else { 0..0x320 };
+            let at = area.start + (x >> 8) as usize % (area.end - area.start);
+            b[at] = [0, 0xff, 0x7f, 0x80, (x >> 48) as u8][(x >> 40) as usize % 5];
+        }
+        b.truncate(if n % 3 == 0 { (x >> 16) as usize % b.len() } else { b.len() });
+        let _ = try_load("mutated", &b, &memory);
+    }
+}
+
+#[test]
+fn firmware_is_seen_at_the_reset_vector_and_below_one_mib() {
+    let mut bytes = vec![0x90; 0x4_0000];
+    put(&mut bytes, 0x3_fff0, b"reset");
+    let path = file("firmware", &bytes);
+    let memory = Memory::new(4 << 20, rom_size(&path).unwrap()).unwrap();
+    load_firmware(&memory, &path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    assert_eq!(text(&memory, 0xffff_fff0, 5), "reset");
+    assert_eq!(text(&memory, 0xf_fff0, 5), "reset");
+}
+
+#[test]
+fn acpi_tables_are_linked_and_sum_to_zero() {
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    let pm = acpi::Pm { event: 0x600, control: 0x604, timer: 0x608, gpe0: 0x620, gpe0_len: 16, s5: 0 };
+    let config = acpi::Config { cpus: 3, pm, sci: 9, pci_window64: (1 << 39, 1 << 38) };
+    let rsdp = acpi::build(&config).place(&memory).unwrap();
+    assert_eq!(text(&memory, rsdp, 8), "RSD PTR ");
+    assert_eq!(rsdp % 16, 0);
+    let sum = |at: u64, len: u64| (0..len).fold(0u8, |s, i| s.wrapping_add(word(&memory, at + i) as u8));
+    assert_eq!((sum(rsdp, 20), sum(rsdp, 36)), (0, 0));
+    let xsdt = word(&memory, rsdp + 24);
+    let mut seen = Vec::new();
+    for n in 0..(word(&memory, xsdt + 4) - 36) / 8 {
+        let table = word(&memory, xsdt + 36 + 8 * n);
+        assert_eq!(sum(table, word(&memory, table + 4)), 0);
+        seen.push(text(&memory, table, 4));
+    }
+    assert_eq!(seen, ["FACP", "APIC", "HPET", "MCFG"]);
+    if let Ok(directory) = std::env::var("LODGE_DUMP_ACPI") {
+        for (name, bytes) in acpi::build(&config).iter() {
+            std::fs::write(Path::new(&directory).join(format!("{name}.dat")), bytes).unwrap();
+        }
+    }
+}
