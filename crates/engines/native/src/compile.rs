@@ -288,9 +288,10 @@ fn x87_slow(asm: &mut Assembler, instruction: &Instruction, wraps: FlagWraps) ->
 fn x87_fast(plan: &x87::Plan, inner: &Instruction, wraps: FlagWraps) -> Result<Vec<u8>, Unsupported> {
     let mut asm = Assembler::default();
     asm.emit(Instruction::with2(Code::Mov_r64_rm64, BOUNCE, Register::RDX))?;
-    // The host's sticky exception flags must not become the guest's. FNCLEX is slow and rarely needed.
+    // Flags that earlier instructions left on the host must not become the guest's, unless it has them set already.
+    // FNCLEX is slow, and so rarely needed.
     asm.emit(Instruction::with1(Code::Fnstsw_AX, Register::AX))?;
-    asm.emit(Instruction::with2(Code::Test_AL_imm8, Register::AL, 0x3fu32))?;
+    asm.emit(Instruction::with2(Code::Test_rm8_r8, bounce(offset_of!(Bounce, fsw)), Register::AL))?;
     let fnclex_size = 2;
     asm.skip_if_equal(fnclex_size)?;
     asm.put0(Code::Fnclex)?;

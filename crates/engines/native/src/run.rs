@@ -274,6 +274,7 @@ impl x87::Plan {
         let top = Self::st(state, if self.pushes { 7 } else { 0 });
         let other = Self::st(state, self.other.unwrap_or(0));
         bounce.fcw = state.fcw;
+        bounce.fsw = !state.fsw & ALL_MASKED;
         let registers = state.fpr.as_mut_ptr();
         // SAFETY: `top` and `other` are below 8, so both pointers are to registers of `state`, from which the stub
         // loads, and to which it stores, 10 bytes each. The host's x87 stack is empty between calls; all exceptions

@@ -142,6 +142,7 @@ pub struct Bounce {
     pub bytes: [u8; 64],
     pub(crate) mxcsr: u32,
     pub(crate) fcw: u16,
+    /// In: the exception flags that the guest does not have set. Out: the host's status word.
     pub(crate) fsw: u16,
     pub(crate) flags: u64,
 }
