@@ -237,7 +237,8 @@ impl Oracle {
         }
     }
 
-    /// Executes `cases`, in order, each from its own state.
+    /// Executes `cases`, in order, each from its own state. Some hundred at a time are best: fewer pay for the
+    /// hand-over to the child, more for memory.
     pub fn run(&mut self, cases: &[Case]) -> Result<Vec<Reply>, OracleError> {
         let mut replies = Vec::with_capacity(cases.len());
         for batch in cases.chunks(BATCH) {
