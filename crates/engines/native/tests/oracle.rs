@@ -146,3 +146,36 @@ fn compatibility_mode() {
     assert_eq!(replies[5].end, End::Fault { vector: 4, error: 0, address: 0 });
     assert_eq!(replies[6].image.rip, CODE + 0x12);
 }
+
+#[test]
+fn sixteen_bit_code() {
+    let mut oracle = Oracle::new().unwrap();
+    if !oracle.has_16_bit() {
+        println!("skipped: this system has no modify_ldt");
+        return;
+    }
+    let short = |code: &[u8]| {
+        let mut case = case(code);
+        case.mode = Mode::Protected16;
+        case.image.rip = 0x1100;
+        case.image.gpr = [0xaaaa_0000; 16];
+        case.image.gpr[4] = 0x1000;
+        case.image.gpr[3] = 0x0ffe;
+        case.image.gpr[6] = 0x0001;
+        case
+    };
+    let mut load = short(&[0x8b, 0x00]); // mov ax, [bx+si]
+    load.memory[WINDOW / 2 - 1..][..2].copy_from_slice(&[0x34, 0x12]);
+    let mut beyond = short(&[0x8b, 0x07]); // mov ax, [bx]
+    beyond.image.gpr[3] = 0x1fff;
+    let mut stack = short(&[0x50]);
+    stack.image.gpr[4] = 1;
+    let cases = [load, short(&[0x66, 0x60]), beyond, stack, Case { step: true, ..short(&[0xeb, 0x10]) }];
+    let replies = oracle.run(&cases).unwrap();
+    assert_eq!((replies[0].end, replies[0].image.gpr[0]), (End::Completed, 0xaaaa_1234));
+    assert_eq!(replies[0].image.rip, 0x1102);
+    assert_eq!((replies[1].end, replies[1].image.gpr[4] as u32), (End::Completed, 0x1000 - 32));
+    assert_eq!(replies[2].end, End::Fault { vector: 13, error: 0, address: 0 });
+    assert_eq!(replies[3].end, End::Fault { vector: 12, error: 0, address: 0 });
+    assert_eq!((replies[4].end, replies[4].image.rip), (End::Completed, 0x1112));
+}

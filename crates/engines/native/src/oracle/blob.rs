@@ -32,7 +32,8 @@ pub struct Data {
     pub host_gs: u64,
     /// The XSAVE components to load and store.
     pub components: u64,
-    pub is_compat: u64,
+    /// The selector for DS and ES, 0 to leave them alone.
+    pub data_selector: u64,
     /// The Rust function that signals end in.
     pub handler: u64,
     /// What it found: signal, and the processor's exception.
@@ -150,9 +151,9 @@ lodge_oracle_blob:
     mov eax, dword ptr [rip + lodge_oracle_data + {components}]
     xor edx, edx
     xrstor64 [rip + lodge_oracle_data + {xsave_in}]
-    cmp qword ptr [rip + lodge_oracle_data + {is_compat}], 0
+    mov eax, dword ptr [rip + lodge_oracle_data + {data_selector}]
+    test eax, eax
     je 5f
-    mov eax, 0x2b
     mov ds, eax
     mov es, eax
 5:
@@ -262,7 +263,7 @@ lodge_oracle_data:
     host_fs = const offset_of!(Data, host_fs),
     host_gs = const offset_of!(Data, host_gs),
     components = const offset_of!(Data, components),
-    is_compat = const offset_of!(Data, is_compat),
+    data_selector = const offset_of!(Data, data_selector),
     handler = const offset_of!(Data, handler),
     host_mxcsr = const offset_of!(Data, host_mxcsr),
     stack_top = const offset_of!(Data, stack_top),

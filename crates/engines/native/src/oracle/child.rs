@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, fence};
 
 use super::blob::{BLOB, BLOB_SIZE, Blob, DATA_PAGES, Data};
 use super::wire::{BATCH, CODE_SIZE, Shared, WINDOW, WireCase, WireReply};
-use super::{CODE, DATA, DATA_SIZE, READ_ONLY};
+use super::{CODE, DATA, DATA_SIZE, Mode, READ_ONLY};
 
 const INT3: u8 = 0xcc;
 const TF: u64 = 1 << 8;
@@ -17,13 +17,23 @@ const SETTABLE: u64 = 0x24_4cd5;
 const USER_CS: u64 = 0x33;
 const USER32_CS: u64 = 0x23;
 const USER_SS: u64 = 0x2b;
+/// Entries 0 and 1 of the LDT.
+const CS16: u64 = 0x07;
+const SS16: u64 = 0x0f;
+
+const LONG: u32 = Mode::Long as u32;
+const PROTECTED16: u32 = Mode::Protected16 as u32;
 
 type Fallible = Result<(), i32>;
 
 /// The child's life. `memory` is the descriptor of `shared`, `components` the XSAVE components of this host.
 pub fn main(shared: &'static Shared, memory: i32, components: u64, has_fsgsbase: bool, parent: i32) -> ! {
     // SAFETY: single-threaded child; every call is a plain system call on memory that is ours.
-    let ready = unsafe { set_up(memory, components, has_fsgsbase) };
+    let ready = unsafe {
+        // Some systems have no LDT.
+        shared.has_16_bit.store(segments().is_ok().into(), Release);
+        set_up(memory, components, has_fsgsbase)
+    };
     if let Err(errno) = ready {
         shared.failure.store(errno as u32, Release);
         shared.reply.fetch_add(1, Release);
@@ -121,6 +131,21 @@ unsafe fn map(address: u64, size: usize, protection: i32, flags: i32, file: i32)
     if got == libc::MAP_FAILED { check(-1) } else { Ok(()) }
 }
 
+/// The segments of 16-bit code: code and data pages with bases and limits to match.
+unsafe fn segments() -> Fallible {
+    const WRITE: i32 = 0x11;
+    const CODE_CONTENTS: u32 = 2 << 1;
+    const USEABLE: u32 = 1 << 6;
+    // entry_number, base_addr, limit and flags of `struct user_desc`.
+    let code: [u32; 4] = [0, CODE as u32, CODE_SIZE as u32 - 1, CODE_CONTENTS | USEABLE];
+    let data: [u32; 4] = [1, DATA as u32, DATA_SIZE as u32 - 1, USEABLE];
+    for descriptor in [code, data] {
+        // SAFETY: the kernel reads 16 bytes.
+        check(unsafe { libc::syscall(libc::SYS_modify_ldt, WRITE, descriptor.as_ptr(), 16) } as i32)?;
+    }
+    Ok(())
+}
+
 unsafe fn signals() -> Fallible {
     const STACK: usize = 0x10000;
     // SAFETY: a fresh stack for handlers, because a case's RSP is anything; the handler is code at BLOB.
@@ -208,22 +233,26 @@ extern "C" fn on_signal(number: i32, _info: *const libc::siginfo_t, context: *co
 /// what stands there now: place and length.
 unsafe fn place(shared: &Shared, case: &WireCase, step: bool, last: &mut (usize, usize)) {
     let length = (case.code_length as usize).min(15);
-    let at = (case.rip.wrapping_sub(CODE) as usize).min(CODE_SIZE - length);
-    let mut bytes = [INT3; 24];
+    let base = if case.mode == PROTECTED16 { 0 } else { CODE };
+    let at = (case.rip.wrapping_sub(base) as usize).min(CODE_SIZE - length);
+    let mut bytes = [INT3; 32];
     bytes[..length].copy_from_slice(&case.code[..length]);
     let mut used = length;
     if !step {
         let exit = Blob::exit() as u32;
-        if case.compat != 0 {
-            bytes[length] = 0xea;
-            bytes[length + 1..length + 5].copy_from_slice(&exit.to_le_bytes());
-            bytes[length + 5..length + 7].copy_from_slice(&(USER_CS as u16).to_le_bytes());
-            used += 7;
-        } else {
+        let mut append = |part: &[u8]| {
+            bytes[used..used + part.len()].copy_from_slice(part);
+            used += part.len();
+        };
+        if case.mode == LONG {
             let next = CODE as u32 + (at + length) as u32 + 5;
-            bytes[length] = 0xe9;
-            bytes[length + 1..length + 5].copy_from_slice(&exit.wrapping_sub(next).to_le_bytes());
-            used += 5;
+            append(&[0xe9]);
+            append(&exit.wrapping_sub(next).to_le_bytes());
+        } else {
+            // JMP ptr16:32.
+            append(if case.mode == PROTECTED16 { &[0x66, 0xea] } else { &[0xea] });
+            append(&exit.to_le_bytes());
+            append(&(USER_CS as u16).to_le_bytes());
         }
     }
     let used = used.min(CODE_SIZE - at);
@@ -241,7 +270,6 @@ unsafe fn place(shared: &Shared, case: &WireCase, step: bool, last: &mut (usize,
 
 unsafe fn execute(shared: &Shared, case: &WireCase, reply: &mut WireReply, last: &mut (usize, usize)) {
     let step = case.step != 0;
-    let compat = case.compat != 0;
     let window = (case.window as usize).min(DATA_SIZE - WINDOW);
     // SAFETY: the mappings of set_up; this is the only thread.
     unsafe {
@@ -253,9 +281,14 @@ unsafe fn execute(shared: &Shared, case: &WireCase, reply: &mut WireReply, last:
         data.xsave_in = case.xsave;
         data.fs_in = case.fs_base;
         data.gs_in = case.gs_base;
-        data.is_compat = compat.into();
         let flags = case.rflags & SETTABLE | 0x202 | if step { TF } else { 0 };
-        data.frame = [case.rip, if compat { USER32_CS } else { USER_CS }, flags, case.gpr[4], USER_SS];
+        let (cs, ss) = match case.mode {
+            LONG => (USER_CS, USER_SS),
+            PROTECTED16 => (CS16, SS16),
+            _ => (USER32_CS, USER_SS),
+        };
+        data.data_selector = if case.mode == LONG { 0 } else { ss };
+        data.frame = [case.rip, cs, flags, case.gpr[4], ss];
         fence(Release);
         type Enter = extern "sysv64" fn() -> u64;
         let enter = std::mem::transmute::<usize, Enter>(Blob::enter() as usize);
@@ -263,6 +296,10 @@ unsafe fn execute(shared: &Shared, case: &WireCase, reply: &mut WireReply, last:
         fence(Acquire);
         let data = &*self::data();
         reply.gpr = data.gpr_out;
+        // IRETQ to a 16-bit stack loads SP alone: bits 16 to 31 of ESP are those of the frame's address.
+        if case.mode == PROTECTED16 && reply.gpr[4] >> 16 == &raw const data.frame as u64 >> 16 {
+            reply.gpr[4] = case.gpr[4] & 0xffff_0000 | reply.gpr[4] & 0xffff;
+        }
         reply.rflags = data.flags_out & (SETTABLE | 0x202);
         reply.xsave = data.xsave_out;
         (reply.fs_base, reply.gs_base) = (data.fs_out, data.gs_out);

@@ -60,6 +60,9 @@ pub enum Mode {
     Long,
     /// 32-bit code in compatibility mode, DS, ES and SS flat; addresses and registers have 32 bits.
     Compat32,
+    /// 16-bit protected-mode code. CS has base [`CODE`], DS, ES and SS have base [`DATA`], and both a limit of 0x1fff;
+    /// RIP is an offset in the code pages.
+    Protected16,
 }
 
 /// One instruction to execute.
@@ -217,6 +220,11 @@ impl Oracle {
         }
     }
 
+    /// Whether [`Mode::Protected16`] works here: the system must have modify_ldt. Without it such cases fault.
+    pub fn has_16_bit(&self) -> bool {
+        self.shared().has_16_bit.load(Acquire) != 0
+    }
+
     fn is_dead(&mut self) -> bool {
         let Some(child) = self.child else { return true };
         // SAFETY: asks about our own child.
@@ -299,8 +307,9 @@ fn write_case(case: &Case, wire: &mut WireCase) {
     let length = case.code.len().min(15);
     wire.code[..length].copy_from_slice(&case.code[..length]);
     wire.code_length = length as u32;
-    wire.compat = (case.mode == Mode::Compat32).into();
-    let jump_fits = image.rip.saturating_add(length as u64 + 7) <= CODE_END;
+    wire.mode = case.mode as u32;
+    let end = if case.mode == Mode::Protected16 { CODE_END - CODE } else { CODE_END };
+    let jump_fits = image.rip.saturating_add(length as u64 + 8) <= end;
     wire.step = (case.step || !jump_fits).into();
     wire.window = case.window.min(DATA_SIZE - WINDOW) as u32;
     wire.memory = case.memory;

@@ -21,7 +21,8 @@ pub struct WireCase {
     pub xsave: [u8; XSAVE_SIZE],
     pub code: [u8; 16],
     pub code_length: u32,
-    pub compat: u32,
+    /// As a number: see `Mode`.
+    pub mode: u32,
     pub step: u32,
     /// Offset of the window in the data pages.
     pub window: u32,
@@ -58,6 +59,8 @@ pub struct Shared {
     pub progress: AtomicU32,
     /// An errno if the child could not set itself up.
     pub failure: AtomicU32,
+    /// Whether the system gave the child segments for 16-bit code.
+    pub has_16_bit: AtomicU32,
     pub cases: [WireCase; BATCH],
     pub replies: [WireReply; BATCH],
 }
