@@ -10,8 +10,10 @@
 #![forbid(unsafe_code)]
 
 pub mod debug;
+pub mod pit;
 pub mod pm;
 pub mod reset;
+pub mod rtc;
 pub mod serial;
 
 use std::sync::{Mutex, MutexGuard};
