@@ -217,11 +217,7 @@ impl Counter {
                 }
             }
             2 | 3 if falls => self.held = self.start.map(|_| 0),
-            2 | 3 if rises => {
-                if self.held.take().is_some() {
-                    self.start = Some(now);
-                }
-            }
+            2 | 3 if rises && self.held.take().is_some() => self.start = Some(now),
             1 | 5 if rises => self.start = Some(now),
             _ => {}
         }
@@ -341,8 +337,8 @@ impl Pit {
             counter.control(value);
             return which == 0;
         }
-        for (i, counter) in state.counters.iter_mut().enumerate().filter(|(i, _)| value & 2 << i != 0) {
-            let _ = i;
+        let chosen = state.counters.iter_mut().enumerate().filter(|(i, _)| value & (2 << i) != 0);
+        for (_, counter) in chosen {
             if value & 0x20 == 0 {
                 let value = counter.value(now);
                 counter.latch.get_or_insert(value);

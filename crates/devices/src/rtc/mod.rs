@@ -198,7 +198,7 @@ impl State {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.bytes[reg::B] & b::BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.bytes[reg::B] & b::BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {
@@ -214,7 +214,7 @@ impl State {
             return self.encode(hour);
         }
         let afternoon = if hour >= 12 { 0x80 } else { 0 };
-        self.encode(if hour % 12 == 0 { 12 } else { hour % 12 }) | afternoon
+        self.encode((hour + 11) % 12 + 1) | afternoon
     }
 
     fn decode_hour(&self, value: u8) -> u8 {
@@ -301,7 +301,7 @@ impl State {
     /// When a flag that interrupts, and is not up yet, may be raised next.
     fn next(&self, now: u64) -> Option<u64> {
         let waits = self.bytes[reg::B] & !self.bytes[reg::C];
-        let ns = |ahead: i64| (ahead > 0).then(|| now.saturating_add(ahead as u64)).unwrap_or(now + 1);
+        let ns = |ahead: i64| now.saturating_add(ahead.max(1) as u64);
         let second = (self.running() && waits & (b::UPDATED | b::ALARM) != 0)
             .then(|| ns(SECOND - self.time(now).rem_euclid(SECOND)));
         let period = self.period().zip(self.periods(now)).filter(|_| waits & b::PERIODIC != 0);
