@@ -39,5 +39,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         println!("{name:30} {:6.1} ns", start.elapsed().as_nanos() as f64 / runs as f64);
     }
+    let shuffles = 4096;
+    let start = Instant::now();
+    for i in 0..shuffles {
+        // shufps xmm0 to xmm7, immediate
+        let bytes = [0x0f, 0xc6, 0xc0 | (i >> 8 << 3) as u8 & 0x38, i as u8];
+        stubs.compile(&Decoder::new(64, &bytes, DecoderOptions::NONE).decode())?;
+    }
+    println!("{:30} {:6.1} us", "compile", start.elapsed().as_micros() as f64 / f64::from(shuffles));
     Ok(())
 }

@@ -3,8 +3,8 @@
 use std::mem::offset_of;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, OpAccess,
-    OpKind, Register,
+    Code, Decoder, DecoderOptions, Encoder, EncodingKind, Instruction, InstructionInfo,
+    InstructionInfoFactory, MemoryOperand, OpAccess, OpKind, Register,
 };
 
 use crate::table::{self, Class};
@@ -51,111 +51,135 @@ struct Slot {
     written: bool,
 }
 
+impl Slot {
+    /// Of the guest's register in the array of them.
+    fn offset(&self) -> i64 {
+        8 * self.guest.number() as i64
+    }
+}
+
 /// Compiles `guest`, whose memory operand (if any) becomes the bounce buffer.
 pub(crate) fn compile(guest: &Instruction) -> Result<Compiled, Unsupported> {
     let class = table::class(guest.code()).ok_or(Unsupported::NotListed)?;
     if !guest.code().cpuid_features().iter().all(|&feature| features::host_has(feature)) {
         return Err(Unsupported::HostLacks);
     }
-    let (instruction, mut slots) = normalise(guest).ok_or(Unsupported::NotListed)?;
+    let (instruction, slots) = normalise(guest).ok_or(Unsupported::NotListed)?;
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(&instruction);
-
-    let mut vectors = [None; 16];
-    let mut mmx = [None; 8];
-    for used in info.used_registers() {
-        let (register, write) = (used.register(), writes(used.access()));
-        if register.is_vector_register() {
-            let entry = vectors.get_mut(register.number()).ok_or(Unsupported::NotListed)?;
-            *entry = Some(entry.unwrap_or(false) | write);
-        } else if register.is_mm() {
-            let entry = &mut mmx[register.number()];
-            *entry = Some(entry.unwrap_or(false) | write);
-        } else if register.is_gpr() {
-            note_gpr(&mut slots, register, write).ok_or(Unsupported::NotListed)?;
-        } else if !register.is_st() && register != Register::DS {
-            return Err(Unsupported::NotListed);
-        }
-    }
-    let is_mmx = mmx.iter().any(Option::is_some);
+    let uses = Uses::of(info, slots).ok_or(Unsupported::NotListed)?;
     let writes_flags =
         flags(instruction.rflags_written() | instruction.rflags_set() | instruction.rflags_cleared());
     let reads_flags = flags(instruction.rflags_read()) != 0;
-
-    let mut asm = Assembler::default();
-    if class == Class::X87 {
+    let wraps = FlagWraps { reads_flags, writes_flags: writes_flags != 0 };
+    let (kind, code, fast) = if class == Class::X87 {
         let stores = info.used_memory().iter().any(|memory| writes(memory.access()));
-        let wraps = FlagWraps { reads_flags, writes_flags: writes_flags != 0 };
-        x87_slow(&mut asm, &instruction, wraps)?;
         let fast = match x87::plan(&instruction) {
             Some((plan, inner)) => Some((plan, x87_fast(&plan, &inner, wraps)?)),
             None => None,
         };
-        let code = asm.code;
-        return Ok(Compiled {
-            kind: Kind::X87 { stores },
-            mmx: false,
-            reads_flags,
-            writes_flags,
-            code,
-            fast,
-        });
-    }
+        (Kind::X87 { stores }, x87_slow(&instruction, wraps)?, fast)
+    } else {
+        let float = class == Class::Float;
+        let kind = if float { Kind::Float } else { Kind::Plain };
+        (kind, vector_stub(&instruction, &uses, float, wraps)?, None)
+    };
+    let mmx = uses.mmx.iter().any(Option::is_some);
+    Ok(Compiled { kind, mmx, reads_flags, writes_flags, code, fast })
+}
 
-    let vex = instruction.code().encoding() == iced_x86::EncodingKind::VEX;
-    let float = class == Class::Float;
-    asm.emit(Instruction::with2(Code::Mov_r64_rm64, BOUNCE, Register::RDX))?;
-    asm.load_flags(reads_flags)?;
-    for number in (0..16).filter(|&n| vectors[n].is_some()) {
-        asm.load_vector(number as u32, vex)?;
-    }
-    for number in (0..8).filter(|&n| mmx[n].is_some()) {
-        asm.emit(Instruction::with2(Code::Movq_mm_mmm64, Register::MM0 + number as u32, fpr(number)))?;
-    }
-    for slot in &slots {
-        let at = i64::from(slot.guest.number() as u32) * 8;
-        if slot.high_byte {
-            asm.emit(Instruction::with2(
-                Code::Movzx_r32_rm8,
-                slot.host.full_register32(),
-                memory(GPRS, at + 1),
-            ))?;
-        } else {
-            asm.emit(Instruction::with2(Code::Mov_r64_rm64, slot.host, memory(GPRS, at)))?;
+/// The registers that an instruction touches; for vector and MMX registers, whether it writes them.
+struct Uses {
+    vectors: [Option<bool>; 16],
+    mmx: [Option<bool>; 8],
+    gprs: Vec<Slot>,
+}
+
+impl Uses {
+    /// `None` if there is a register that no stub handles.
+    fn of(info: &InstructionInfo, gprs: Vec<Slot>) -> Option<Self> {
+        let mut uses = Uses { vectors: [None; 16], mmx: [None; 8], gprs };
+        for used in info.used_registers() {
+            let (register, write) = (used.register(), writes(used.access()));
+            if register.is_vector_register() {
+                let entry = uses.vectors.get_mut(register.number())?;
+                *entry = Some(entry.unwrap_or(false) | write);
+            } else if register.is_mm() {
+                let entry = uses.mmx.get_mut(register.number())?;
+                *entry = Some(entry.unwrap_or(false) | write);
+            } else if register.is_gpr() {
+                note_gpr(&mut uses.gprs, register, write)?;
+            } else if !register.is_st() && register != Register::DS {
+                return None;
+            }
         }
+        Some(uses)
+    }
+}
+
+/// All registers that the instruction names are loaded, even those it only writes: what it leaves of them stays.
+fn vector_stub(
+    instruction: &Instruction,
+    uses: &Uses,
+    float: bool,
+    wraps: FlagWraps,
+) -> Result<Vec<u8>, Unsupported> {
+    let vex = instruction.code().encoding() == EncodingKind::VEX;
+    let mut asm = Assembler::default();
+    asm.emit(Instruction::with2(Code::Mov_r64_rm64, BOUNCE, Register::RDX))?;
+    asm.load_flags(wraps.reads_flags)?;
+    for number in touched(&uses.vectors) {
+        asm.load_vector(number, vex)?;
+    }
+    for number in touched(&uses.mmx) {
+        asm.emit(Instruction::with2(
+            Code::Movq_mm_mmm64,
+            Register::MM0 + number,
+            memory(STATE, fpr(number)),
+        ))?;
+    }
+    for slot in &uses.gprs {
+        asm.load_gpr(slot)?;
     }
     if float {
         asm.emit(Instruction::with1(Code::Ldmxcsr_m32, bounce(offset_of!(Bounce, mxcsr))))?;
     }
-    asm.put(&instruction)?;
-    asm.store_flags(writes_flags != 0)?;
+    asm.put(instruction)?;
+    asm.store_flags(wraps.writes_flags)?;
     if float {
         asm.emit(Instruction::with1(Code::Stmxcsr_m32, bounce(offset_of!(Bounce, mxcsr))))?;
     }
-    for number in (0..16).filter(|&n| vectors[n] == Some(true)) {
-        asm.store_vector(number as u32, vex)?;
+    for number in written(&uses.vectors) {
+        asm.store_vector(number, vex)?;
     }
-    for number in (0..8).filter(|&n| mmx[n] == Some(true)) {
-        asm.emit(Instruction::with2(Code::Movq_mmm64_mm, fpr(number), Register::MM0 + number as u32))?;
+    for number in written(&uses.mmx) {
+        let (low, exponent) = (memory(STATE, fpr(number)), memory(STATE, fpr(number) + 8));
+        asm.emit(Instruction::with2(Code::Movq_mmm64_mm, low, Register::MM0 + number))?;
         // A written MMX register has an exponent of all ones (SDM vol. 1, 9.5.1).
-        asm.emit(Instruction::with2(Code::Mov_rm16_imm16, memory(STATE, fpr_offset(number) + 8), 0xffffu32))?;
+        asm.emit(Instruction::with2(Code::Mov_rm16_imm16, exponent, 0xffffu32))?;
     }
-    for slot in slots.iter().filter(|slot| slot.written) {
-        let at = i64::from(slot.guest.number() as u32) * 8;
-        asm.emit(Instruction::with2(Code::Mov_rm64_r64, memory(GPRS, at), slot.host))?;
+    for slot in uses.gprs.iter().filter(|slot| slot.written) {
+        asm.emit(Instruction::with2(Code::Mov_rm64_r64, memory(GPRS, slot.offset()), slot.host))?;
     }
     if float {
         asm.host_mxcsr()?;
     }
-    if vex && vectors.iter().any(Option::is_some) {
+    if vex && touched(&uses.vectors).next().is_some() {
         asm.put0(Code::VEX_Vzeroupper)?;
     }
-    if is_mmx {
+    if touched(&uses.mmx).next().is_some() {
         asm.put0(Code::Emms)?;
     }
     asm.put0(Code::Retnq)?;
-    let kind = if float { Kind::Float } else { Kind::Plain };
-    Ok(Compiled { kind, mmx: is_mmx, reads_flags, writes_flags, code: asm.code, fast: None })
+    Ok(asm.code)
+}
+
+fn touched(registers: &[Option<bool>]) -> impl Iterator<Item = u32> {
+    (0..).zip(registers).filter(|(_, used)| used.is_some()).map(|(number, _)| number)
+}
+
+fn written(registers: &[Option<bool>]) -> impl Iterator<Item = u32> {
+    (0..).zip(registers).filter(|(_, used)| **used == Some(true)).map(|(number, _)| number)
 }
 
 fn writes(access: OpAccess) -> bool {
@@ -256,12 +280,9 @@ fn bounce(offset: usize) -> MemoryOperand {
     memory(BOUNCE, offset as i64)
 }
 
-fn fpr_offset(number: usize) -> i64 {
-    (offset_of!(SimdState, fpr) + 16 * number) as i64
-}
-
-fn fpr(number: usize) -> MemoryOperand {
-    memory(STATE, fpr_offset(number))
+/// Offset of MM`number` in the state.
+fn fpr(number: u32) -> i64 {
+    offset_of!(SimdState, fpr) as i64 + 16 * i64::from(number)
 }
 
 #[derive(Clone, Copy)]
@@ -271,7 +292,8 @@ struct FlagWraps {
 }
 
 /// The whole x87 from and to an FXSAVE image at the first argument.
-fn x87_slow(asm: &mut Assembler, instruction: &Instruction, wraps: FlagWraps) -> Result<(), Unsupported> {
+fn x87_slow(instruction: &Instruction, wraps: FlagWraps) -> Result<Vec<u8>, Unsupported> {
+    let mut asm = Assembler::default();
     asm.emit(Instruction::with2(Code::Mov_r64_rm64, BOUNCE, Register::RDX))?;
     asm.emit(Instruction::with1(Code::Fxrstor64_m512byte, memory(STATE, 0)))?;
     asm.load_flags(wraps.reads_flags)?;
@@ -280,7 +302,8 @@ fn x87_slow(asm: &mut Assembler, instruction: &Instruction, wraps: FlagWraps) ->
     asm.emit(Instruction::with1(Code::Fxsave64_m512byte, memory(STATE, 0)))?;
     asm.put0(Code::Fninit)?;
     asm.host_mxcsr()?;
-    asm.put0(Code::Retnq)
+    asm.put0(Code::Retnq)?;
+    Ok(asm.code)
 }
 
 /// Only the registers that the instruction needs: ST(0), or the one to push, at the first argument; ST(i) at the
@@ -371,6 +394,15 @@ impl Assembler {
         } else {
             self.emit(Instruction::with2(Code::Movdqu_xmmm128_xmm, at, Register::XMM0 + number))
         }
+    }
+
+    fn load_gpr(&mut self, slot: &Slot) -> Result<(), Unsupported> {
+        let (host, at) = (slot.host, slot.offset());
+        self.emit(if slot.high_byte {
+            Instruction::with2(Code::Movzx_r32_rm8, host.full_register32(), memory(GPRS, at + 1))
+        } else {
+            Instruction::with2(Code::Mov_r64_rm64, host, memory(GPRS, at))
+        })
     }
 
     fn load_flags(&mut self, wanted: bool) -> Result<(), Unsupported> {

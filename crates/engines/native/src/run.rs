@@ -10,7 +10,7 @@ use crate::compile::{ARITHMETIC_FLAGS, Kind, compile};
 use crate::state::FxArea;
 use crate::{Bounce, Error, SimdState, Unsupported, float, x87};
 
-/// A compiled instruction of one [`Stubs`].
+/// A compiled instruction of one [`Stubs`]; with another it may mean another instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StubId {
     generation: u32,
@@ -30,7 +30,7 @@ pub enum Outcome {
     SimdException,
     /// Not executed: an x87 exception is pending. Raise #MF.
     PendingX87,
-    /// Not executed: the stub is of a time before [`Stubs::reset`], or of another [`Stubs`].
+    /// Not executed: the stub is of a time before [`Stubs::reset`].
     Stale,
 }
 
