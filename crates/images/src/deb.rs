@@ -206,3 +206,122 @@ fn inside(name: &[u8]) -> Result<String, DebError> {
     }
     Ok(parts.join("/"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ar(data: &[u8], stated: u64) -> Vec<u8> {
+        let mut bytes = b"!<arch>\n".to_vec();
+        for (name, data, size) in [("debian-binary", &b"2.0\n"[..], 4), ("data.tar", data, stated)] {
+            let header = format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{size:<10}`\n", 0, 0, 0, 100644);
+            bytes.extend_from_slice(header.as_bytes());
+            bytes.extend_from_slice(data);
+        }
+        bytes
+    }
+
+    /// A tar entry as it is written, sound or not: name, kind, stated size, data.
+    fn entry(name: &str, kind: u8, size: u64, data: &[u8]) -> Vec<u8> {
+        let mut header = tar::Header::new_gnu();
+        header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_entry_type(tar::EntryType::new(kind));
+        header.set_mode(0o755);
+        header.set_size(size);
+        header.set_cksum();
+        let mut bytes = header.as_bytes().to_vec();
+        bytes.extend_from_slice(data);
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+        bytes
+    }
+
+    fn files(tar: &[u8]) -> Result<Vec<DebFile>, DebError> {
+        Deb::new(&ar(tar, tar.len() as u64)[..])?.files(|_| Choice::Take)
+    }
+
+    #[test]
+    fn files_come_out_with_long_names_and_without_links() {
+        let long = "d/".repeat(100) + "file";
+        let pax = format!("{} path=./pax/name\n", 19);
+        let tar = [
+            entry("./a", b'0', 3, b"abc"),
+            entry("././@LongLink", b'L', long.len() as u64 + 1, format!("{long}\0").as_bytes()),
+            entry("short", b'0', 1, b"x"),
+            entry("x", b'x', pax.len() as u64, pax.as_bytes()),
+            entry("short", b'0', 1, b"y"),
+            entry("./link", b'2', 0, b""),
+            entry("./dir/", b'5', 0, b""),
+        ]
+        .concat();
+        let found = files(&tar).unwrap();
+        let names: Vec<_> = found.iter().map(|file| file.path.as_str()).collect();
+        assert_eq!(names, ["a", &long, "pax/name"]);
+        assert_eq!((found[0].mode, &found[0].data[..]), (0o755, &b"abc"[..]));
+    }
+
+    #[test]
+    fn paths_that_lead_out_are_refused() {
+        for path in ["../etc/passwd", "a/../../b", "./..", ".."] {
+            assert!(matches!(files(&entry(path, b'0', 1, b"x")), Err(DebError::Malformed(_))), "{path}");
+        }
+        // An absolute path means one below the root, as for dpkg.
+        assert_eq!(files(&entry("/etc/passwd", b'0', 1, b"x")).unwrap()[0].path, "etc/passwd");
+    }
+
+    #[test]
+    fn huge_sizes_take_no_memory() {
+        let huge = entry("./vmlinuz", b'0', 7 << 40, b"x");
+        assert!(matches!(files(&huge), Err(DebError::TooLarge { size, .. }) if size == 7 << 40));
+        // Within the limit, but not there.
+        assert!(files(&entry("./vmlinuz", b'0', 200 << 20, b"x")).is_err());
+        let name = entry("././@LongLink", b'L', 2 << 30, b"x");
+        assert!(files(&[name, entry("a", b'0', 1, b"x")].concat()).is_err());
+    }
+
+    #[test]
+    fn damage_is_an_error_or_harmless_but_never_a_panic() {
+        let tar = [entry("./a", b'0', 3, b"abc"), entry("./b", b'0', 600, &[7; 600])].concat();
+        let sound = ar(&tar, tar.len() as u64);
+        for length in 0..sound.len() {
+            if let Ok(deb) = Deb::new(&sound[..length]) {
+                let _ = deb.files(|_| Choice::Take);
+            }
+        }
+        for at in 0..sound.len() {
+            for value in [0, b' ', b'9', 0x80, 0xFF] {
+                let mut bytes = sound.clone();
+                bytes[at] = value;
+                if let Ok(deb) = Deb::new(&bytes[..]) {
+                    let _ = deb.files(|_| Choice::Take);
+                }
+            }
+        }
+        for bytes in [&b"!<arch>\n"[..], b"", b"\x7fELF", b"!<arch>\n\n"] {
+            assert!(Deb::new(bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn each_compression_is_undone_within_the_limit() {
+        use std::io::Write;
+        let text = vec![b'a'; 100_000];
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gz.write_all(&text).unwrap();
+        let mut xz = lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(1)).unwrap();
+        xz.write_all(&text).unwrap();
+        let zstd = ruzstd::encoding::compress_to_vec(&text[..], ruzstd::encoding::CompressionLevel::Fastest);
+        for (name, packed) in
+            [("a.gz", gz.finish().unwrap()), ("a.xz", xz.finish().unwrap()), ("a.zst", zstd)]
+        {
+            for limit in [1000, 1 << 20] {
+                let mut out = Vec::new();
+                decompress(name, &packed[..], limit).unwrap().read_to_end(&mut out).unwrap();
+                assert_eq!(out.len() as u64, limit.min(100_000), "{name}");
+                assert!(out.iter().all(|byte| *byte == b'a'));
+            }
+            let mut out = Vec::new();
+            let broken = decompress(name, &packed[..packed.len() / 2], 1 << 20);
+            assert!(broken.and_then(|mut broken| Ok(broken.read_to_end(&mut out)?)).is_err(), "{name}");
+        }
+    }
+}

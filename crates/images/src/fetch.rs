@@ -1,6 +1,7 @@
 //! Getting files from archives, over HTTP, HTTPS or from a directory (`file:`): bounded, resumed where the connection
 //! breaks, and checked against what the signed index says.
 
+mod forward;
 mod http;
 mod proxy;
 
@@ -46,6 +47,14 @@ pub enum FetchError {
         url: String,
         /// What the system or the library says.
         reason: String,
+    },
+    /// The server sends us somewhere that we do not go: in circles, from HTTPS to HTTP, or to another kind of URL.
+    #[error("{url} leads to {to}, which is not followed; choose another mirror with --mirror URL")]
+    Redirect {
+        /// What was asked for.
+        url: String,
+        /// Where it leads.
+        to: String,
     },
     /// The file goes on after the size that the index states, or after what is sensible.
     #[error(

@@ -231,3 +231,138 @@ fn subkey_may_sign(
         false => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pgp::composed::{
+        EncryptionCaps, KeyType, SecretKeyParamsBuilder, SignedSecretKey, SubkeyParamsBuilder,
+    };
+    use pgp::packet::{SignatureConfig, Subpacket, SubpacketData};
+    use pgp::types::{Duration, Password, SigningKey, Timestamp};
+
+    const DAY: u64 = 24 * 3600;
+
+    fn key(subkey_signs: bool) -> SignedSecretKey {
+        let mut subkey = SubkeyParamsBuilder::default();
+        match subkey_signs {
+            true => subkey.key_type(KeyType::Ed25519Legacy).can_sign(true),
+            false => subkey
+                .key_type(KeyType::ECDH(pgp::crypto::ecc_curve::ECCCurve::Curve25519Legacy))
+                .can_encrypt(EncryptionCaps::All),
+        };
+        let mut params = SecretKeyParamsBuilder::default();
+        params.key_type(KeyType::Ed25519Legacy).can_sign(true).subkey(subkey.build().unwrap());
+        params.primary_user_id("test <test@example.org>".into());
+        params.build().unwrap().generate(rand::thread_rng()).unwrap()
+    }
+
+    fn keyring(key: &SignedSecretKey) -> Keyring {
+        Keyring { keys: vec![key.to_public_key()] }
+    }
+
+    fn config(typ: SignatureType, key: &impl SigningKey, more: Vec<SubpacketData>) -> SignatureConfig {
+        let mut config = SignatureConfig::v4(typ, key.algorithm(), HashAlgorithm::Sha256);
+        let usual = [
+            SubpacketData::SignatureCreationTime(Timestamp::now()),
+            SubpacketData::IssuerFingerprint(key.fingerprint()),
+        ];
+        config.hashed_subpackets =
+            usual.into_iter().chain(more).map(|data| Subpacket::regular(data).unwrap()).collect();
+        config
+    }
+
+    fn sign(key: &impl SigningKey, more: Vec<SubpacketData>) -> Signature {
+        config(SignatureType::Binary, key, more).sign(key, &Password::empty(), &b"text"[..]).unwrap()
+    }
+
+    fn now() -> u64 {
+        u64::from(Timestamp::now().as_secs())
+    }
+
+    #[test]
+    fn primary_key_and_subkey_may_both_sign() {
+        let key = key(true);
+        let ring = keyring(&key);
+        let by_primary = sign(&key.primary_key, vec![]);
+        let by_subkey = sign(&key.secret_subkeys[0].key, vec![]);
+        for signature in [&by_primary, &by_subkey] {
+            assert_eq!(ring.any(std::slice::from_ref(signature), b"text", now()), Ok(()));
+            assert_eq!(ring.any(std::slice::from_ref(signature), b"test", now()), Err(SignatureError::Bad));
+        }
+        let stranger = sign(&self::key(true).primary_key, vec![]);
+        // One that counts is enough, wherever it is.
+        assert_eq!(ring.any(&[stranger.clone(), by_subkey], b"text", now()), Ok(()));
+        assert!(matches!(ring.any(&[stranger], b"text", now()), Err(SignatureError::UnknownKey { .. })));
+        assert_eq!(ring.any(&[], b"text", now()), Err(SignatureError::Malformed));
+    }
+
+    #[test]
+    fn what_has_expired_does_not_count() {
+        let mut key = key(true);
+        let short =
+            sign(&key.primary_key, vec![SubpacketData::SignatureExpirationTime(Duration::from_secs(60))]);
+        assert_eq!(keyring(&key).any(std::slice::from_ref(&short), b"text", now()), Ok(()));
+        let late = keyring(&key).any(&[short], b"text", now() + DAY);
+        assert_eq!(late, Err(SignatureError::Rejected("the signature has expired")));
+
+        // A self-signature says how long the key lives.
+        let user = key.details.users[0].id.clone();
+        let life = SubpacketData::KeyExpirationTime(Duration::from_secs(3600));
+        let own = config(SignatureType::CertPositive, &key.primary_key, vec![life]);
+        let public = key.primary_key.public_key();
+        let own =
+            own.sign_certification(&key.primary_key, public, &Password::empty(), Tag::UserId, &user).unwrap();
+        key.details.users[0].signatures = vec![own];
+        for signature in [sign(&key.primary_key, vec![]), sign(&key.secret_subkeys[0].key, vec![])] {
+            assert_eq!(keyring(&key).any(std::slice::from_ref(&signature), b"text", now()), Ok(()));
+            let late = keyring(&key).any(&[signature], b"text", now() + DAY);
+            assert_eq!(late, Err(SignatureError::Rejected("the key has expired")));
+        }
+    }
+
+    #[test]
+    fn a_revoked_key_does_not_count() {
+        let mut key = key(true);
+        let revocation = config(SignatureType::KeyRevocation, &key.primary_key, vec![]);
+        let public = key.primary_key.public_key();
+        let revocation = revocation.sign_key(&key.primary_key, &Password::empty(), public).unwrap();
+        key.details.revocation_signatures.push(revocation);
+        let signature = sign(&key.secret_subkeys[0].key, vec![]);
+        let refused = Err(SignatureError::Rejected("the key was revoked"));
+        assert_eq!(keyring(&key).any(&[signature], b"text", now()), refused);
+    }
+
+    #[test]
+    fn a_foreign_subkey_cannot_be_adopted() {
+        // The attacker's own subkey, put under the trusted key: its binding is not by that key.
+        let (mut trusted, attacker) = (key(false), key(true));
+        trusted.secret_subkeys.extend(attacker.secret_subkeys.clone());
+        let signature = sign(&attacker.secret_subkeys[0].key, vec![]);
+        let refused = Err(SignatureError::Rejected("the subkey does not belong to its key"));
+        assert_eq!(keyring(&trusted).any(&[signature], b"text", now()), refused);
+    }
+
+    #[test]
+    fn keyrings_hold_several_keys_in_either_form() {
+        use pgp::ser::Serialize;
+        let keys = [key(true), key(false)].map(|key| key.to_public_key());
+        let binary: Vec<u8> = keys.iter().flat_map(|key| key.to_bytes().unwrap()).collect();
+        let armour: String = keys.iter().map(|key| key.to_armored_string(None.into()).unwrap()).collect();
+        for bytes in [&binary[..], armour.as_bytes()] {
+            let mut ring = Keyring::default();
+            ring.add(bytes);
+            assert_eq!(ring.keys.len(), 2);
+            let print = format!("{:X}", keys[1].public_subkeys[0].fingerprint());
+            ring.retain(&[print]);
+            assert_eq!(ring.keys, keys[1..]);
+            ring.retain(&["AB".to_owned()]);
+            assert!(ring.is_empty());
+        }
+        let mut ring = Keyring::default();
+        for bytes in [&b""[..], b"garbage", &binary[..50], &[0x99, 0xFF, 0xFF]] {
+            ring.add(bytes);
+        }
+        assert!(ring.is_empty());
+    }
+}

@@ -1,11 +1,16 @@
 //! HTTP and HTTPS, by ureq and rustls. The certificates that are trusted are the host's.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ureq::http::Uri;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
-use super::{FetchError, Proxies, Stream};
+use super::{FetchError, Proxies, Stream, forward};
 use crate::apt::AptConf;
 
 /// Where Linux distributions keep the certificates of authorities.
@@ -13,10 +18,25 @@ const CERTIFICATES: [&str; 2] = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a connection may be silent.
 const SILENCE: Duration = Duration::from_secs(30);
+const MOST_REDIRECTS: usize = 8;
+
+type Response = ureq::http::Response<ureq::Body>;
 
 pub(super) struct Client {
-    agent: ureq::Agent,
+    tls: TlsConfig,
     proxies: Proxies,
+    /// One per proxy, so that connections are used again.
+    agents: RefCell<HashMap<Way, ureq::Agent>>,
+}
+
+/// How a URL is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Way {
+    Direct,
+    /// By a tunnel through this proxy.
+    Tunnel(String),
+    /// By asking this proxy for the URL.
+    Forward(String),
 }
 
 impl Client {
@@ -25,9 +45,16 @@ impl Client {
             .root_certs(RootCerts::Specific(Arc::new(certificates(conf))))
             .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .build();
-        let config = ureq::Agent::config_builder()
-            .tls_config(tls)
-            .proxy(None)
+        Self { tls, proxies, agents: RefCell::default() }
+    }
+
+    fn config(&self, proxy: Option<ureq::Proxy>) -> ureq::config::Config {
+        ureq::Agent::config_builder()
+            .tls_config(self.tls.clone())
+            .proxy(proxy)
+            // Redirects are followed here, as each URL may have a proxy of its own.
+            .max_redirects(0)
+            .max_redirects_will_error(false)
             .http_status_as_error(false)
             .timeout_resolve(Some(CONNECT_TIMEOUT))
             .timeout_connect(Some(CONNECT_TIMEOUT))
@@ -35,27 +62,17 @@ impl Client {
             .timeout_per_read(Some(SILENCE))
             .timeout_per_write(Some(SILENCE))
             .user_agent(concat!("lodge/", env!("CARGO_PKG_VERSION")))
-            .build();
-        Self { agent: config.into(), proxies }
+            .build()
     }
 
     pub(super) fn get(&self, url: &str, offset: u64) -> Result<Stream, FetchError> {
         let broken = |reason: String| FetchError::Connection { url: url.to_owned(), reason };
-        let proxy = self.proxies.of(url).map(|proxy| ureq::Proxy::new(&proxy)).transpose();
-        let proxy = proxy.map_err(|_| broken("the setting of the proxy is not a URL".to_owned()))?;
-        let mut request = self.agent.get(url).config().proxy(proxy).build();
-        if offset > 0 {
-            request = request.header("Range", format!("bytes={offset}-"));
-        }
-        let response = request.call().map_err(|error| match error {
-            ureq::Error::BadUri(_) | ureq::Error::Http(_) => FetchError::BadUrl { url: url.to_owned() },
-            other => broken(other.to_string()),
-        })?;
+        let response = self.follow(url, offset)?;
         let status = response.status().as_u16();
         let offset: u64 = match status {
             200 => 0,
             206 => {
-                let range = response.headers().get("Content-Range").and_then(|range| range.to_str().ok());
+                let range = header(&response, "Content-Range");
                 let first =
                     range.and_then(|range| range.strip_prefix("bytes ")?.split('-').next()?.parse().ok());
                 first.ok_or_else(|| broken("the server's answer has no range".to_owned()))?
@@ -68,6 +85,88 @@ impl Client {
         let reader = response.into_body().into_with_config().limit(u64::MAX).reader();
         Ok(Stream { reader: Box::new(reader), offset, size })
     }
+
+    /// The answer for `url`, or for where it leads.
+    fn follow(&self, url: &str, offset: u64) -> Result<Response, FetchError> {
+        let bad = || FetchError::BadUrl { url: url.to_owned() };
+        let mut target = url.to_owned();
+        for _ in 0..MOST_REDIRECTS {
+            let response = self.request(&target, offset).map_err(|error| match error {
+                ureq::Error::BadUri(_) | ureq::Error::Http(_) => bad(),
+                other => FetchError::Connection { url: target.clone(), reason: other.to_string() },
+            })?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(response);
+            }
+            let location = header(&response, "Location").ok_or_else(bad)?;
+            let next = if location.starts_with('/') && !location.starts_with("//") {
+                let end = target.find("://").and_then(|at| Some(at + 3 + target[at + 3..].find('/')?));
+                format!("{}{location}", &target[..end.unwrap_or(target.len())])
+            } else {
+                location.to_owned()
+            };
+            let secure = next.starts_with("https://");
+            if !secure && (target.starts_with("https://") || !next.starts_with("http://")) {
+                return Err(FetchError::Redirect { url: target, to: next });
+            }
+            target = next;
+        }
+        Err(FetchError::Redirect { url: url.to_owned(), to: target })
+    }
+
+    fn request(&self, url: &str, offset: u64) -> Result<Response, ureq::Error> {
+        let way = match self.proxies.of(url) {
+            None => Way::Direct,
+            // A proxy without a scheme is an HTTP proxy, and one reached by HTTPS gets tunnels only.
+            Some(proxy) if url.starts_with("http://") && !proxy.starts_with("https://") => {
+                Way::Forward(if proxy.contains("://") { proxy } else { format!("http://{proxy}") })
+            }
+            Some(proxy) => Way::Tunnel(proxy),
+        };
+        let mut request = self.agent(&way)?.get(url);
+        if offset > 0 {
+            request = request.header("Range", format!("bytes={offset}-"));
+        }
+        if let Way::Forward(proxy) = &way
+            && let Some(credentials) = credentials(proxy)
+        {
+            request = request.header("Proxy-Authorization", format!("Basic {}", BASE64.encode(credentials)));
+        }
+        request.call()
+    }
+
+    fn agent(&self, way: &Way) -> Result<ureq::Agent, ureq::Error> {
+        if let Some(agent) = self.agents.borrow().get(way) {
+            return Ok(agent.clone());
+        }
+        let agent = match way {
+            Way::Direct => self.config(None).new_agent(),
+            Way::Tunnel(proxy) => self.config(Some(ureq::Proxy::new(proxy)?)).new_agent(),
+            Way::Forward(proxy) => {
+                let uri: Uri = proxy.parse().map_err(|_| ureq::Error::InvalidProxyUrl)?;
+                forward::agent(self.config(None), uri)
+            }
+        };
+        self.agents.borrow_mut().insert(way.clone(), agent.clone());
+        Ok(agent)
+    }
+}
+
+fn header<'a>(response: &'a Response, name: &str) -> Option<&'a str> {
+    response.headers().get(name)?.to_str().ok()
+}
+
+/// `user:password` of a URL, percent signs decoded.
+fn credentials(url: &str) -> Option<Vec<u8>> {
+    let (_, rest) = url.split_once("://")?;
+    let (encoded, _) = rest.split('/').next()?.rsplit_once('@')?;
+    let mut bytes = encoded.bytes();
+    let mut decoded = Vec::new();
+    while let Some(byte) = bytes.next() {
+        let mut digit = || char::from(bytes.next()?).to_digit(16);
+        decoded.push(if byte == b'%' { (digit()? * 16 + digit()?) as u8 } else { byte });
+    }
+    Some(decoded)
 }
 
 /// The host's certificates of authorities. Without any, HTTPS fails and plain HTTP goes on: archives are signed.
@@ -80,4 +179,16 @@ fn certificates(conf: &AptConf) -> Vec<Certificate<'static>> {
         _ => None,
     };
     parse_pem(&pem).filter_map(certificate).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::credentials;
+
+    #[test]
+    fn credentials_of_a_proxy() {
+        assert_eq!(credentials("http://me:a%40b%3a@proxy:3128/").as_deref(), Some(&b"me:a@b:"[..]));
+        assert_eq!(credentials("http://proxy:3128/x@y"), None);
+        assert_eq!(credentials("http://a%4@proxy"), None);
+    }
 }
