@@ -10,8 +10,10 @@ use crate::fetch::sha256;
 use crate::progress::Progress;
 use crate::source::{PackageFile, PackageFiles, Source};
 
-/// What process 1 of the guest runs.
+/// What the guest runs first, what process 1 goes by after that, and what it starts.
 const INIT: &str = include_str!("guest/init.sh");
+const INITTAB: &str = include_str!("guest/inittab");
+const SESSION: &str = include_str!("guest/session.sh");
 /// Kernels fit for a virtual machine, best first, by architecture: Debian's, then Ubuntu's.
 const KERNELS: [(&str, &[&str]); 2] = [
     (
@@ -74,11 +76,7 @@ pub fn initramfs(busybox: &[u8]) -> Cpio {
     // The kernel opens it for process 1, before that can mount anything.
     image.device("dev/console", 0o600, 5, 1);
     image.file("bin/busybox", 0o755, busybox).file("init", 0o755, INIT.as_bytes());
-    // busybox would ask process 1, which is our script and does not listen.
-    for command in ["poweroff", "reboot", "halt"] {
-        let script = format!("#!/bin/busybox sh\nbusybox sync\nexec busybox {command} -f\n");
-        image.file(&format!("sbin/{command}"), 0o755, script.as_bytes());
-    }
+    image.file("etc/inittab", 0o644, INITTAB.as_bytes()).file("etc/session", 0o755, SESSION.as_bytes());
     image.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n").file(
         "etc/group",
         0o644,
