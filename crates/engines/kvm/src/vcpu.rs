@@ -77,6 +77,9 @@ impl Vcpu {
         if fd.get_tsc_khz().is_ok_and(|own| own != khz) {
             let _ = fd.set_tsc_khz(khz);
         }
+        // KVM finds LAPICs by a map that leaves out a new vCPU until something about its LAPIC is written.
+        let lapic = fd.get_lapic().map_err(host("KVM did not read the LAPIC"))?;
+        fd.set_lapic(&lapic).map_err(host("KVM did not take the LAPIC"))?;
         let msrs = msrs::supported(&fd)?;
         let boot = id == 0;
         let mut vcpu = Self {

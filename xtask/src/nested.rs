@@ -1,0 +1,298 @@
+//! The nested bed: a whole PC with SVM, emulated by QEMU, whose Linux has a KVM that works, whatever the host has.
+//!
+//! The outer guest is Debian's cloud kernel with the KVM modules from its own package and a busybox, in an initial RAM
+//! disk that also holds the programs to be tried. They are linked statically, for there is no library. Process 1 runs
+//! the jobs one after the other, marks where each begins and ends on the serial console, and powers off: one boot, some
+//! 20 seconds, serves many jobs.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use images::cpio::Cpio;
+use images::{Options, Silent, Source};
+
+/// Modules by name, in the order in which they are loaded.
+const MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-amd"];
+/// What begins a line that is for us.
+const MARK: &str = "@@nested";
+/// EPYC has SVM; QEMU's SMAP and SMEP are not those of SVM guests.
+const QEMU: [&str; 13] = [
+    "-machine",
+    "q35,accel=tcg",
+    "-cpu",
+    "EPYC,-smap,-smep",
+    "-smp",
+    "2",
+    "-m",
+    "2G",
+    "-nodefaults",
+    "-no-reboot",
+    "-display",
+    "none",
+    "-serial",
+];
+
+/// One command to be run in the bed.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// What it is, in reports.
+    pub name: String,
+    /// For busybox's shell; the bed's files are in `/`.
+    pub command: String,
+    /// Seconds that it may take.
+    pub limit: u32,
+}
+
+impl Job {
+    /// A job.
+    pub fn new(name: &str, command: impl Into<String>, limit: u32) -> Self {
+        Self { name: name.into(), command: command.into(), limit }
+    }
+}
+
+/// What became of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// Its exit status; `None` if the bed ended before it did. A job that took too long has 143.
+    pub status: Option<i32>,
+    /// What it wrote, standard output and error together.
+    pub output: String,
+}
+
+/// The bed before it boots.
+pub struct Bed {
+    kernel: PathBuf,
+    image: Cpio,
+}
+
+impl Bed {
+    /// Gets kernel, modules and busybox from the distribution's archive, or the cache.
+    pub fn new() -> Result<Self> {
+        let options = Options::default();
+        let mut source = Source::new(&options)?;
+        let mut patterns = vec!["boot/vmlinuz-*".to_owned()];
+        patterns.extend(MODULES.map(|name| format!("*/{name}.ko*")));
+        let patterns: Vec<_> = patterns.iter().map(String::as_str).collect();
+        let files =
+            source.files(&["linux-image-cloud-amd64", "linux-image-amd64"], &patterns, &mut Silent)?.files;
+        let busybox = source.files(&["busybox-static"], &["*bin/busybox"], &mut Silent)?.files;
+        let mut image = Cpio::new();
+        for dir in ["bin", "dev", "proc", "sys", "tmp", "root"] {
+            image.dir(dir, 0o755);
+        }
+        image.device("dev/console", 0o600, 5, 1);
+        image.file("bin/busybox", 0o755, &read(&busybox[0].stored)?);
+        for (name, file) in MODULES.iter().zip(&files[1..]) {
+            let packed = read(&file.stored)?;
+            let mut module = Vec::new();
+            images::deb::decompress(&file.path, packed.as_slice(), 64 << 20)?.read_to_end(&mut module)?;
+            image.file(&format!("modules/{name}.ko"), 0o644, &module);
+        }
+        Ok(Self { kernel: files[0].stored.clone(), image })
+    }
+
+    /// Puts the file `from` into the bed as `to`, executable.
+    pub fn file(&mut self, to: &str, from: &Path) -> Result<&mut Self> {
+        self.image.file(to, 0o755, &read(from)?);
+        Ok(self)
+    }
+
+    /// Boots the bed and runs `jobs`, at most for `limit`. What it says is copied to our standard output when `verbose`.
+    pub fn run(mut self, jobs: &[Job], limit: Duration, verbose: bool) -> Result<Vec<Outcome>> {
+        self.image.file("init", 0o755, init(jobs).as_bytes());
+        let dir = target_dir();
+        fs::create_dir_all(&dir)?;
+        let initrd = dir.join(format!("bed-{}.cpio", std::process::id()));
+        fs::write(&initrd, self.image.finish())
+            .with_context(|| format!("cannot write {}", initrd.display()))?;
+        let text = boot(&self.kernel, &initrd, limit, verbose);
+        let _ = fs::remove_file(&initrd);
+        Ok(outcomes(&text?, jobs.len()))
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Process 1 of the bed.
+fn init(jobs: &[Job]) -> String {
+    let mut script = String::from(
+        "#!/bin/busybox sh\nexport PATH=/bin HOME=/root\nbusybox mount -t proc proc /proc\n\
+         busybox mount -t sysfs sys /sys\nbusybox mount -t devtmpfs dev /dev\nbusybox --install -s /bin\n\
+         mount -t tmpfs tmp /tmp\n",
+    );
+    for name in MODULES {
+        script += &format!("insmod /modules/{name}.ko\n");
+    }
+    for (n, job) in jobs.iter().enumerate() {
+        let command = job.command.replace('\'', r"'\''");
+        script += &format!("echo '{MARK} begin {n}'\n");
+        script += &format!("timeout {} sh -c '{command}' </dev/null 2>&1\n", job.limit);
+        script += &format!("s=$?; echo; echo \"{MARK} end {n} $s\"\n");
+    }
+    script + "poweroff -f\n"
+}
+
+/// Ends QEMU whatever happens.
+struct Machine(Child);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Boots, and gives back what the serial console said.
+fn boot(kernel: &Path, initrd: &Path, limit: Duration, verbose: bool) -> Result<String> {
+    let child = Command::new("qemu-system-x86_64")
+        .args(QEMU)
+        .args(["stdio", "-append", "console=ttyS0 quiet panic=-1", "-kernel"])
+        .arg(kernel)
+        .arg("-initrd")
+        .arg(initrd)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start qemu-system-x86_64; install the package qemu-system-x86")?;
+    let mut machine = Machine(child);
+    let mut console = machine.0.stdout.take().context("no console")?;
+    let (send, receive) = mpsc::channel::<Vec<u8>>();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = console.read(&mut buffer) {
+            if send.send(buffer[..n].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    let end = Instant::now() + limit;
+    let mut text = Vec::new();
+    // Until QEMU has ended, or the time has.
+    while let Ok(bytes) = receive.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        if verbose {
+            let _ = std::io::stdout().write_all(&bytes);
+            let _ = std::io::stdout().flush();
+        }
+        text.extend(bytes);
+    }
+    Ok(String::from_utf8_lossy(&text).replace('\r', ""))
+}
+
+/// Reads the marks out of what the console said.
+fn outcomes(console: &str, jobs: usize) -> Vec<Outcome> {
+    let mut found: HashMap<usize, Outcome> = HashMap::new();
+    let mut current = None;
+    for line in console.lines() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words.as_slice() {
+            [mark, "begin", n] if *mark == MARK => {
+                current = n.parse().ok();
+                if let Some(n) = current {
+                    found.insert(n, Outcome { status: None, output: String::new() });
+                }
+            }
+            [mark, "end", n, status] if *mark == MARK => {
+                if let Some(outcome) = n.parse().ok().and_then(|n: usize| found.get_mut(&n)) {
+                    outcome.status = status.parse().ok();
+                }
+                current = None;
+            }
+            _ => {
+                if let Some(outcome) = current.and_then(|n: usize| found.get_mut(&n)) {
+                    outcome.output.push_str(line);
+                    outcome.output.push('\n');
+                }
+            }
+        }
+    }
+    (0..jobs).map(|n| found.remove(&n).unwrap_or(Outcome { status: None, output: String::new() })).collect()
+}
+
+/// Where statically linked programs are built: their flags would make cargo build everything else anew.
+fn target_dir() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from).join("nested")
+}
+
+/// Builds with cargo, statically, what `args` say; the executables' paths.
+pub fn build(args: &[&str]) -> Result<Vec<PathBuf>> {
+    let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(args)
+        .args(["--quiet", "--release", "--message-format", "json-render-diagnostics"])
+        .args(["--target", "x86_64-unknown-linux-gnu", "--target-dir"])
+        .arg(target_dir())
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")))
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    ensure!(output.status.success(), "cargo {} failed: {}", args.join(" "), output.status);
+    let found: Vec<_> = String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| Some(PathBuf::from(message.get("executable")?.as_str()?)))
+        .collect();
+    ensure!(!found.is_empty(), "cargo {} built no program", args.join(" "));
+    Ok(found)
+}
+
+/// `cargo xtask nested`: what the KVM engine must be able to do, on a KVM that works.
+pub fn run(verbose: bool) -> Result<()> {
+    let mut bed = Bed::new()?;
+    let probe = build(&["build", "-p", "lodge-kvm", "--example", "probe"])?;
+    let guests = build(&["test", "--no-run", "-p", "lodge-kvm", "--test", "guests"])?;
+    bed.file("probe", &probe[0])?.file("guests", &guests[0])?;
+    let jobs = [
+        Job::new("the trial finds KVM usable", "/probe", 20),
+        Job::new("tiny guests", "/guests --test-threads 1", 60),
+    ];
+    report(&jobs, &bed.run(&jobs, Duration::from_secs(100), verbose)?)
+}
+
+/// Prints a line per job, and what those that failed wrote.
+fn report(jobs: &[Job], outcomes: &[Outcome]) -> Result<()> {
+    let mut failed = 0;
+    for (job, outcome) in jobs.iter().zip(outcomes) {
+        match outcome.status {
+            Some(0) => println!("ok      {}", job.name),
+            status => {
+                failed += 1;
+                let how = status.map_or("did not end".to_owned(), |s| format!("status {s}"));
+                println!("FAILED  {} ({how}): {}\n{}", job.name, job.command, outcome.output);
+            }
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} of {} jobs failed in the nested bed", jobs.len());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_read_and_guests_noise_is_kept_apart() {
+        let console =
+            "noise\n@@nested begin 0\nhello\n@@nested end x\n\n@@nested end 0 3\nmore\n@@nested begin 1\nhal";
+        let got = outcomes(console, 3);
+        assert_eq!(got[0], Outcome { status: Some(3), output: "hello\n@@nested end x\n\n".into() });
+        assert_eq!(got[1], Outcome { status: None, output: "hal\n".into() });
+        assert_eq!(got[2], Outcome { status: None, output: String::new() });
+    }
+
+    #[test]
+    fn commands_are_quoted() {
+        assert!(init(&[Job::new("", "echo 'a b'", 1)]).contains(r"sh -c 'echo '\''a b'\'''"));
+    }
+}
