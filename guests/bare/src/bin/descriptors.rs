@@ -1,0 +1,9 @@
+//! Prints a line and ends.
+#![no_std]
+#![no_main]
+
+bare::guest!(main);
+
+fn main() {
+    bare::println!("descriptors from a bare-metal guest");
+}

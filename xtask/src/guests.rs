@@ -1,0 +1,66 @@
+//! Builds the bare-metal guests of `guests/bare`, and runs one under QEMU.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+
+/// Guests that count their checks and end by themselves with status 1 (`0` to the debug-exit port).
+pub const SUITES: &[&str] = &[
+    "hello",
+    "faults",
+    "descriptors",
+    "debug",
+    "time",
+    "interrupts",
+    "smp",
+    "selfmod",
+    "idiv",
+    "garbage",
+    "multiboot.elf32",
+];
+
+/// The exit status of a guest that passed, under QEMU's and Lodge's debug-exit device.
+pub const PASSED: i32 = 1;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// Builds all guests; gives the directory with their ELF files.
+pub fn build() -> Result<PathBuf> {
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["build", "--quiet", "--profile", "guest", "--manifest-path"])
+        .arg(root().join("guests/bare/Cargo.toml"))
+        .arg("--target-dir")
+        .arg(&target)
+        .status()
+        .context("cannot start cargo")?;
+    ensure!(status.success(), "the guests in guests/bare do not build");
+    let dir = target.join("guest");
+    // Multiboot 1 loaders want ELF32.
+    let status = Command::new("objcopy")
+        .args(["--output-target", "elf32-i386"])
+        .args([dir.join("multiboot"), dir.join("multiboot.elf32")])
+        .status()
+        .context("cannot start objcopy (Debian package binutils)")?;
+    ensure!(status.success(), "objcopy cannot make the multiboot guest an ELF32 file");
+    Ok(dir)
+}
+
+/// Runs the guest `name` of `dir` under QEMU's own translator, two CPUs, its COM1 on standard output; ends it
+/// after two minutes.
+pub fn run_qemu(dir: &Path, name: &str) -> Result<ExitStatus> {
+    Command::new("timeout")
+        .args(["120", "qemu-system-x86_64"])
+        .args("-machine q35,accel=tcg -cpu max -smp 2 -m 128 -no-reboot -display none".split(' '))
+        .args("-serial stdio -monitor none -device isa-debug-exit,iobase=0xf4,iosize=4 -kernel".split(' '))
+        .arg(dir.join(name))
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot start timeout and qemu-system-x86_64 (Debian package qemu-system-x86)")
+}
