@@ -22,10 +22,19 @@ impl Report {
         Report { passed: 0, failed: 0, deviation: None }
     }
 
-    /// The next check is known to fail under `hypervisor`, for this reason: it is reported there, but not counted.
-    pub fn known_deviation(&mut self, hypervisor: Hypervisor, why: &'static str) -> &mut Self {
-        self.deviation = (cpu::hypervisor() == hypervisor).then_some(why);
+    /// The next check is known to fail under QEMU's translator, for this reason: it is reported there, not counted.
+    pub fn tcg(&mut self, why: &'static str) -> &mut Self {
+        self.deviation = (cpu::hypervisor() == Hypervisor::Tcg).then_some(why);
         self
+    }
+
+    /// True, and reported, when a check would end the guest under QEMU's translator, for this reason.
+    pub fn avoided_on_tcg(&mut self, name: &str, why: &str) -> bool {
+        let avoid = cpu::hypervisor() == Hypervisor::Tcg;
+        if avoid {
+            println!("deviates {name}: not tried ({why})");
+        }
+        avoid
     }
 
     fn line(&mut self, name: &str, ok: bool, expected: &dyn Debug, got: &dyn Debug) {

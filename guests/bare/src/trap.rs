@@ -8,7 +8,7 @@ use core::{
 use crate::{
     apic,
     cpu::{self, outb},
-    println, runtime,
+    paging, println, runtime,
     segments::{self, TablePointer},
 };
 
@@ -74,6 +74,37 @@ pub struct Frame {
     pub ss: u64,
 }
 
+impl Frame {
+    fn new(rip: u64, cs: u16, ss: u16, rsp: u64) -> Self {
+        Frame { rip, cs: cs.into(), ss: ss.into(), rsp, rflags: 2, ..Frame::default() }
+    }
+
+    /// About to run the code at `rip` in ring 0, 64-bit, on a stack of its own.
+    pub fn kernel(rip: u64) -> Self {
+        Frame::new(rip, segments::CODE, segments::DATA, stack_top())
+    }
+
+    /// The same in compatibility mode, 32-bit.
+    pub fn kernel32(rip: u64) -> Self {
+        Frame::new(rip, segments::CODE32, segments::DATA, stack_top())
+    }
+
+    /// The same in ring 3, where the code and stack appear 1 GiB higher.
+    pub fn user(rip: u64) -> Self {
+        Frame::new(paging::user(rip), segments::USER_CODE, segments::USER_DATA, paging::user(stack_top()))
+    }
+
+    /// Ring 3, compatibility mode, 32-bit.
+    pub fn user32(rip: u64) -> Self {
+        Frame { cs: segments::USER_CODE32.into(), ..Frame::user(rip) }
+    }
+}
+
+/// Top of the stack that [`Frame::kernel`] and its like use (the last of the test frames).
+pub fn stack_top() -> u64 {
+    paging::frame(63) + 4096
+}
+
 /// What a test caught.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Trap {
@@ -93,31 +124,8 @@ pub type Hook = fn(&mut Frame) -> bool;
 /// Saved stack pointer of the catch in force, or 0.
 #[unsafe(no_mangle)]
 static CATCH_RSP: AtomicU64 = AtomicU64::new(0);
-static mut CAUGHT: Trap = Trap { frame: Frame { rax: 0, ..ZERO_FRAME }, cr2: 0, dr6: 0, stack: 0 };
-const ZERO_FRAME: Frame = Frame {
-    rax: 0,
-    rbx: 0,
-    rcx: 0,
-    rdx: 0,
-    rbp: 0,
-    rsi: 0,
-    rdi: 0,
-    r8: 0,
-    r9: 0,
-    r10: 0,
-    r11: 0,
-    r12: 0,
-    r13: 0,
-    r14: 0,
-    r15: 0,
-    vector: 0,
-    error: 0,
-    rip: 0,
-    cs: 0,
-    rflags: 0,
-    rsp: 0,
-    ss: 0,
-};
+// SAFETY: all fields are integers.
+static mut CAUGHT: Trap = unsafe { core::mem::zeroed() };
 
 static HOOKS: [AtomicUsize; 256] = [const { AtomicUsize::new(0) }; 256];
 static COUNTS: [AtomicU32; 256] = [const { AtomicU32::new(0) }; 256];
@@ -200,8 +208,9 @@ pub fn set_eoi(vector: u64, kind: u8) {
     EOI[vector as usize].store(kind, SeqCst);
 }
 
+/// True when a catch took the event, and with it the control.
 #[unsafe(no_mangle)]
-extern "C" fn trap_handler(frame: &mut Frame) {
+extern "C" fn trap_handler(frame: &mut Frame) -> bool {
     let vector = frame.vector as usize & 255;
     COUNTS[vector].fetch_add(1, SeqCst);
     let hook = HOOKS[vector].load(SeqCst);
@@ -209,7 +218,7 @@ extern "C" fn trap_handler(frame: &mut Frame) {
         // SAFETY: only hook() stores here, and it stores a Hook.
         let hook: Hook = unsafe { core::mem::transmute(hook) };
         if hook(frame) {
-            return;
+            return false;
         }
     }
     match EOI[vector].load(SeqCst) {
@@ -219,19 +228,19 @@ extern "C" fn trap_handler(frame: &mut Frame) {
             outb(0xa0, 0x20);
             outb(0x20, 0x20);
         }
-        _ if vector >= 32 => {}
-        _ => return caught(frame),
+        // No controller behind it: an exception or INT n.
+        _ if vector < 32 || CATCH_RSP.load(SeqCst) != 0 => {
+            caught(frame);
+            return true;
+        }
+        _ => {}
     }
-    let stack = frame as *mut Frame as u64;
-    // An interrupt that a test catches (INT n) has no controller behind it.
-    if EOI[vector].load(SeqCst) == 0 && CATCH_RSP.load(SeqCst) != 0 && stack != 0 {
-        caught(frame);
-    }
+    false
 }
 
 fn caught(frame: &mut Frame) {
-    let rsp = CATCH_RSP.load(SeqCst);
     let trap = Trap { frame: *frame, cr2: cpu::cr2(), dr6: cpu::dr6(), stack: frame as *const Frame as u64 };
+    let rsp = CATCH_RSP.load(SeqCst);
     if rsp == 0 {
         println!("FAIL unexpected exception: {trap:#x?}");
         runtime::exit(1);
@@ -261,6 +270,8 @@ pub fn catch<F: FnOnce()>(f: F) -> Option<Trap> {
     // SAFETY: trap_handler resumes catch_call with its stack pointer and callee-saved registers.
     let trapped = unsafe { catch_call(call::<F>, (&raw mut slot).cast()) } != 0;
     CATCH_RSP.store(outer, SeqCst);
+    // SAFETY: the usual state, whatever the test left.
+    unsafe { asm!("fninit", "ldmxcsr [{}]", in(reg) &0x1f80u32) };
     // SAFETY: written by the handler before we came back.
     trapped.then(|| unsafe { (&raw const CAUGHT).read_volatile() })
 }
@@ -280,4 +291,20 @@ pub fn triple_fault() -> ! {
     let pointer = TablePointer { limit: 0, base: 0 };
     // SAFETY: never comes back.
     unsafe { asm!("lidt [{}]", "ud2", in(reg) &pointer, options(noreturn)) }
+}
+
+/// Assembles snippets for [`run`]; each name becomes a function that gives its address.
+///
+/// A snippet that runs to its end reaches UD2; labels inside are global to the guest.
+#[macro_export]
+macro_rules! code {
+    ($($name:ident: $($line:literal),+;)+) => {$(
+        fn $name() -> u64 {
+            #[unsafe(naked)]
+            extern "C" fn body() {
+                core::arch::naked_asm!($($line,)+ ".code64", "ud2")
+            }
+            body as *const () as u64
+        }
+    )+};
 }

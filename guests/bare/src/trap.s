@@ -39,13 +39,17 @@ trap_common:
     sub rsp, 512
     and rsp, -16
     mov r12, cr0
-    clts                                # a test may have set CR0.TS
+    mov rax, r12
+    and rax, -13                        # a test may have set TS or EM
+    mov cr0, rax
     fxsave64 [rsp]
     cld
     call trap_handler
     fxrstor64 [rsp]
+    test al, al                         # caught: TS and EM stay clear
+    jnz 2f
     mov cr0, r12
-    mov rsp, rbx
+2:  mov rsp, rbx
 trap_return:
     pop rax
     pop rbx
