@@ -1,6 +1,6 @@
 //! ELF files, of 32 and 64 bits: what is to be loaded, and the PVH entry.
 
-use memory::Memory;
+use memory::{Kind, Memory};
 use object::elf::{FileHeader32, FileHeader64, PT_LOAD, PT_NOTE};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{Endianness, FileKind};
@@ -12,19 +12,35 @@ const PHYS32_ENTRY: u32 = 18;
 /// Kernels have a handful.
 const MAX_SEGMENTS: usize = 64;
 
-/// One piece to load.
+/// A piece of a file, and where it is to be in guest memory.
 #[derive(Clone, Copy, Debug)]
-struct Segment {
-    offset: u64,
-    file_size: u64,
-    gpa: u64,
-    size: u64,
+pub struct Segment {
+    pub offset: u64,
+    pub file_size: u64,
+    pub gpa: u64,
+    /// In memory: what follows the file's bytes is zero.
+    pub size: u64,
+}
+
+impl Segment {
+    /// Copies it to guest memory, which is fresh. Returns the first address after it.
+    pub fn load(&self, image: &Image, memory: &Memory) -> Result<u64, Error> {
+        if self.gpa < at::HIGH {
+            return Err(image.error("linked below 1 MiB, where Lodge keeps tables; link it higher"));
+        }
+        let end =
+            self.gpa.checked_add(self.size).ok_or_else(|| image.error("damaged: a part of it has no end"))?;
+        let region = memory.region(self.gpa).filter(|r| r.kind == Kind::Ram && end <= r.gpa + r.size);
+        region.ok_or_else(|| image.too_large())?;
+        image.copy(self.offset, self.file_size.min(self.size), memory, self.gpa)?;
+        Ok(end)
+    }
 }
 
 /// What matters of an ELF file.
 #[derive(Debug)]
 pub struct Elf {
-    /// Entry point.
+    /// Entry point, physical: some kernels give the virtual one.
     pub entry: u64,
     /// Entry point for PVH: 32-bit, paging off.
     pub pvh_entry: Option<u64>,
@@ -50,15 +66,20 @@ impl Elf {
         let header = H::parse(data).ok()?;
         let endian = header.endian().ok().filter(|e| *e == Endianness::Little)?;
         let headers = header.program_headers(endian, data).ok()?;
-        let mut elf = Self { entry: header.e_entry(endian).into(), pvh_entry: None, segments: Vec::new() };
+        let virtual_entry: u64 = header.e_entry(endian).into();
+        let mut elf = Self { entry: virtual_entry, pvh_entry: None, segments: Vec::new() };
         for ph in headers.iter().take(MAX_SEGMENTS) {
             match ph.p_type(endian) {
-                PT_LOAD => elf.segments.push(Segment {
-                    offset: ph.p_offset(endian).into(),
-                    file_size: ph.p_filesz(endian).into(),
-                    gpa: ph.p_paddr(endian).into(),
-                    size: ph.p_memsz(endian).into(),
-                }),
+                PT_LOAD => {
+                    let (gpa, size) = (ph.p_paddr(endian).into(), ph.p_memsz(endian).into());
+                    if let Some(inside) =
+                        virtual_entry.checked_sub(ph.p_vaddr(endian).into()).filter(|&i| i < size)
+                    {
+                        elf.entry = gpa.checked_add(inside)?;
+                    }
+                    let (offset, file_size) = (ph.p_offset(endian).into(), ph.p_filesz(endian).into());
+                    elf.segments.push(Segment { offset, file_size, gpa, size });
+                }
                 PT_NOTE => elf.pvh_entry = elf.pvh_entry.or(Self::pvh::<H>(ph, endian, data)),
                 _ => {}
             }
@@ -83,21 +104,7 @@ impl Elf {
 
     /// Copies all segments to guest memory. Returns the first address after them.
     pub fn load(&self, image: &Image, memory: &Memory) -> Result<u64, Error> {
-        let mut end = at::HIGH;
-        for s in self.segments.iter().filter(|s| s.size > 0) {
-            if s.gpa < at::HIGH {
-                return Err(image.error("linked below 1 MiB, where Lodge keeps tables; link it higher"));
-            }
-            let last = s.gpa.checked_add(s.size).ok_or_else(|| image.error("a damaged ELF file"))?;
-            let room =
-                memory.region(s.gpa).is_some_and(|r| last <= r.gpa + r.size && r.kind == memory::Kind::Ram);
-            if !room {
-                return Err(image.too_large());
-            }
-            // What follows the file's bytes is zero: memory is fresh.
-            image.copy(s.offset, s.file_size.min(s.size), memory, s.gpa)?;
-            end = end.max(last);
-        }
-        Ok(end)
+        let mut loaded = self.segments.iter().filter(|s| s.size > 0).map(|s| s.load(image, memory));
+        loaded.try_fold(at::HIGH, |end, last| Ok(end.max(last?)))
     }
 }

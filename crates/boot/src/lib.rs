@@ -73,9 +73,12 @@ pub fn load(memory: &Memory, what: &Kernel<'_>) -> Result<State, Error> {
         let elf = elf::Elf::read(&file)?;
         return match (elf.pvh_entry, multiboot::find(&head)) {
             (Some(entry), _) => pvh::load(memory, &file, &elf, entry, what),
-            (None, Some(_)) => multiboot::load(memory, &file, &elf, what),
+            (None, Some(header)) => multiboot::load(memory, &file, &header, Some(&elf), what),
             (None, None) => Err(file.error("an ELF file with neither a PVH note nor a multiboot header")),
         };
+    }
+    if let Some(header) = multiboot::find(&head) {
+        return multiboot::load(memory, &file, &header, None, what);
     }
     Err(file.error(match head.get(..4) {
         Some([0x1f, 0x8b, ..]) => "compressed with gzip; decompress it first (gunzip)",

@@ -20,8 +20,10 @@ const XLF_KERNEL_64: u16 = 1 << 0;
 
 pub fn load(memory: &Memory, image: &Image, what: &Kernel<'_>) -> Result<State, Error> {
     let mut params = boot_params::default();
-    let header = image.read(0x1f1, size_of_val(&params.hdr) as u64)?;
-    params.hdr.as_mut_slice().copy_from_slice(&header);
+    // The header ends where the jump at 0x200 goes to; code follows, which is none of the zero page's business.
+    let jump = image.read(0x201, 1)?[0];
+    let len = (0x11 + usize::from(jump)).min(size_of_val(&params.hdr));
+    params.hdr.as_mut_slice()[..len].copy_from_slice(&image.read(0x1f1, len as u64)?);
     let version = params.hdr.version;
     if version < 0x206 || params.hdr.loadflags & LOADED_HIGH == 0 {
         return Err(image.error("a Linux kernel older than 2.6.22; use a newer one"));

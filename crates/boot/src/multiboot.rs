@@ -4,23 +4,70 @@ use machine::cpu::State;
 use memory::Memory;
 use x86::gpr;
 
-use crate::elf::Elf;
+use crate::elf::{Elf, Segment};
 use crate::{Error, Image, Kernel, at, map, place, start};
 
-const HEADER_MAGIC: u32 = 0x1bad_b002;
+const MAGIC: u32 = 0x1bad_b002;
 const LOADER_MAGIC: u64 = 0x2bad_b002;
-/// Header flags that must be understood: page-aligned modules, memory information, video mode (ignored), addresses.
-const KNOWN: u32 = 0x0001_0007;
+/// Header flags that must be understood: page-aligned modules, memory information, video mode (ignored).
+const KNOWN: u32 = 0x0007;
+/// Header flag: addresses follow.
+const HAS_ADDRESSES: u32 = 1 << 16;
 /// Modules that fit into the information page.
 const MAX_MODULES: usize = 16;
 
-/// The flags of the header in a file's first 8 KiB, if there is one.
-pub fn find(head: &[u8]) -> Option<u32> {
+/// What the kernel asks for.
+pub struct Header {
+    flags: u32,
+    /// For files that are no ELF, or lie about it: what to load (its size being 0 stands for all) and where to start.
+    addresses: Option<(Segment, u64)>,
+}
+
+/// The header in a file's first 8 KiB, if there is one.
+pub fn find(head: &[u8]) -> Option<Header> {
     let words: Vec<u32> =
         head.chunks_exact(4).take(2048).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
-    let header =
-        words.windows(3).find(|w| w[0] == HEADER_MAGIC && w[0].wrapping_add(w[1]).wrapping_add(w[2]) == 0)?;
-    Some(header[1])
+    let is_header = |w: &[u32]| w[0] == MAGIC && w[0].wrapping_add(w[1]).wrapping_add(w[2]) == 0;
+    let at = words.windows(3).position(is_header)?;
+    let flags = words[at + 1];
+    let addresses = if flags & HAS_ADDRESSES != 0 {
+        Some(addresses(at as u64 * 4, words.get(at + 3..at + 8)?)?)
+    } else {
+        None
+    };
+    Some(Header { flags, addresses })
+}
+
+/// From the five words header_addr, load_addr, load_end_addr, bss_end_addr and entry_addr of the header at `offset`.
+fn addresses(offset: u64, words: &[u32]) -> Option<(Segment, u64)> {
+    let [header, start, load_end, bss_end, entry] = *words else { return None };
+    let [header, start, load_end, bss_end] = [header, start, load_end, bss_end].map(u64::from);
+    let offset = offset.checked_sub(header.checked_sub(start)?)?;
+    let file_size = if load_end == 0 { 0 } else { load_end.checked_sub(start)? };
+    let size = file_size.max(bss_end.saturating_sub(start));
+    Some((Segment { offset, file_size, gpa: start, size }, entry.into()))
+}
+
+/// Copies the kernel into memory. Returns its entry point, and the first address after it.
+fn load_kernel(
+    memory: &Memory,
+    image: &Image,
+    header: &Header,
+    elf: Option<&Elf>,
+) -> Result<(u64, u64), Error> {
+    match (header.addresses, elf) {
+        (Some((mut segment, entry)), _) => {
+            if segment.file_size == 0 {
+                segment.file_size = image.len.saturating_sub(segment.offset);
+                segment.size = segment.size.max(segment.file_size);
+            }
+            Ok((entry, segment.load(image, memory)?))
+        }
+        (None, Some(elf)) => Ok((elf.entry, elf.load(image, memory)?)),
+        (None, None) => {
+            Err(image.error("a multiboot header that does not say where to load, in a file that is no ELF"))
+        }
+    }
 }
 
 /// A module in guest memory.
@@ -42,17 +89,24 @@ pub fn modules(memory: &Memory, what: &Kernel<'_>, floor: u64) -> Result<Vec<Mod
         let start = place::high(memory, image.len, limit, floor).ok_or_else(|| image.too_large())?;
         image.copy(0, image.len, memory, start)?;
         limit = start;
-        loaded.push(Module { start, len: image.len, name: path.display().to_string() });
+        // The guest has no business with the host's folders.
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        loaded.push(Module { start, len: image.len, name });
     }
     Ok(loaded)
 }
 
-pub fn load(memory: &Memory, image: &Image, elf: &Elf, what: &Kernel<'_>) -> Result<State, Error> {
-    let flags = find(&image.head()?).unwrap_or(0);
-    if flags & 0xffff & !KNOWN != 0 {
+pub fn load(
+    memory: &Memory,
+    image: &Image,
+    header: &Header,
+    elf: Option<&Elf>,
+    what: &Kernel<'_>,
+) -> Result<State, Error> {
+    if header.flags & 0xffff & !KNOWN != 0 {
         return Err(image.error("a multiboot kernel that requires features which Lodge does not have"));
     }
-    let end = elf.load(image, memory)?;
+    let (entry, end) = load_kernel(memory, image, header, elf)?;
     let modules = modules(memory, what, end)?;
 
     let mut strings = place::cmdline(memory, at::CMDLINE, what.cmdline, usize::MAX)?;
@@ -87,7 +141,7 @@ pub fn load(memory: &Memory, image: &Image, elf: &Elf, what: &Kernel<'_>) -> Res
     place::bytes(memory, list_at, &list)?;
     place::bytes(memory, map_at, &table)?;
 
-    let mut state = start::protected(memory, elf.entry)?;
+    let mut state = start::protected(memory, entry)?;
     state.gpr[gpr::RAX] = LOADER_MAGIC;
     state.gpr[gpr::RBX] = at::INFO;
     Ok(state)

@@ -1,6 +1,6 @@
 //! SMBIOS 3.0 tables (DSP0134): what dmidecode shows.
 
-use memory::Memory;
+use memory::{HOLE_END, Kind, Memory};
 
 use crate::{Error, at, map, place};
 
@@ -46,12 +46,13 @@ fn tables(memory: &Memory, cpus: u32) -> Vec<u8> {
     (processor[0], processor[1], processor[2], processor[3]) = (1, 3, 1, 2);
     processor[20] = 0x41; // populated, enabled
     processor[21] = 1;
+    processor[22..28].fill(0xff); // caches: not told
     let count = cpus.min(255) as u8;
     (processor[31], processor[32], processor[33]) = (count, count, count);
     structure(&mut out, 4, 0x400, &processor, &["CPU 0", "Lodge"]);
     let kib = mib.saturating_mul(1024).min(0x8000_0000);
     let mut array = [0; 19];
-    (array[0], array[1], array[2]) = (1, 3, 6);
+    (array[0], array[1], array[2]) = (1, 3, 3); // system memory without error correction
     array[3..7].copy_from_slice(&kib.to_le_bytes());
     array[7..9].copy_from_slice(&0xfffeu16.to_le_bytes());
     array[9] = 1;
@@ -64,12 +65,23 @@ fn tables(memory: &Memory, cpus: u32) -> Vec<u8> {
     (module[10], module[12], module[14]) = (9, 1, 7);
     module[24..28].copy_from_slice(&mib.to_le_bytes());
     structure(&mut out, 17, 0x1100, &module, &["DIMM 0"]);
-    let last_kib = (map::low_end(memory) >> 10) as u32 - 1;
-    let mut mapped = [0; 11];
-    mapped[4..8].copy_from_slice(&last_kib.to_le_bytes());
-    mapped[8..10].copy_from_slice(&0x1000u16.to_le_bytes());
-    mapped[10] = 1;
-    structure(&mut out, 19, 0x1300, &mapped, &[]);
+    let ram = memory.regions().iter().filter(|r| r.kind == Kind::Ram && r.gpa >= HOLE_END);
+    let above = ram.map(|r| (r.gpa, r.gpa + r.size));
+    for (n, (start, end)) in std::iter::once((0, map::low_end(memory))).chain(above).enumerate() {
+        let mut mapped = [0; 27];
+        // In KiB up to 4 TiB, else in bytes.
+        if end <= 1 << 42 {
+            mapped[..4].copy_from_slice(&((start >> 10) as u32).to_le_bytes());
+            mapped[4..8].copy_from_slice(&((end >> 10) as u32 - 1).to_le_bytes());
+        } else {
+            mapped[..8].fill(0xff);
+            mapped[11..19].copy_from_slice(&start.to_le_bytes());
+            mapped[19..].copy_from_slice(&(end - 1).to_le_bytes());
+        }
+        mapped[8..10].copy_from_slice(&0x1000u16.to_le_bytes());
+        mapped[10] = 1;
+        structure(&mut out, 19, 0x1300 + n as u16, &mapped, &[]);
+    }
     structure(&mut out, 127, 0x7f00, &[], &[]);
     out
 }

@@ -29,6 +29,7 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 /// A bzImage of protocol 2.15 with a 64-bit entry, that wants 8 MiB at 16 MiB.
 fn bzimage() -> Vec<u8> {
     let mut b = vec![0; 0x400 + 0x1000];
+    put(&mut b, 0x200, &[0xeb, 0x6a]);
     b[0x1f1] = 1; // one sector of set-up
     put(&mut b, 0x202, b"HdrS\x0f\x02");
     b[0x211] = 1;
@@ -119,9 +120,7 @@ fn elf_starts_by_pvh_or_multiboot() {
             .to_string()
             .ends_with("neither a PVH note nor a multiboot header")
     );
-    for (n, w) in [0x1bad_b002, 3, 0u32.wrapping_sub(0x1bad_b002 + 3)].iter().enumerate() {
-        put(&mut b, 0x210 + 4 * n, &w.to_le_bytes());
-    }
+    put_multiboot(&mut b, 0x210, 3, [0; 5]);
     let state = try_load("mb", &b, &memory).unwrap();
     assert_eq!((state.rip, state.gpr[gpr::RAX], state.gpr[gpr::RBX]), (0x10_0010, 0x2bad_b002, at::INFO));
     assert_eq!(word(&memory, at::INFO + 8), (63 << 20) / 1024);
@@ -145,25 +144,95 @@ fn damaged_files_are_refused_in_one_sentence() {
     assert!(try_load("low", &low, &memory).is_err());
 }
 
-/// Any damage to any header gives an error or a loaded guest, never a panic.
+/// A multiboot header with `flags` and addresses, at `at`.
+fn put_multiboot(bytes: &mut [u8], at: usize, flags: u32, addresses: [u32; 5]) {
+    let fixed = [0x1bad_b002, flags, 0u32.wrapping_sub(0x1bad_b002u32.wrapping_add(flags))];
+    for (n, word) in fixed.iter().chain(&addresses).enumerate() {
+        put(bytes, at + 4 * n, &word.to_le_bytes());
+    }
+}
+
+/// A file that is no ELF, whose multiboot header, 16 bytes into it, says to load all of it at 2 MiB.
+fn flat_multiboot() -> Vec<u8> {
+    let mut b = vec![0x90; 0x200];
+    put_multiboot(&mut b, 16, 1 << 16, [0x20_0010, 0x20_0000, 0, 0x20_8000, 0x20_0040]);
+    b
+}
+
+#[test]
+fn multiboot_by_addresses_and_by_virtual_entry() {
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    let state = try_load("flat", &flat_multiboot(), &memory).unwrap();
+    assert_eq!(state.rip, 0x20_0040);
+    assert_eq!(word(&memory, 0x20_0010), 0x1bad_b002);
+    let mut missing = flat_multiboot();
+    put_multiboot(&mut missing, 16, 0, [0; 5]);
+    assert!(try_load("flat-without", &missing, &memory).is_err());
+    let mut unknown = flat_multiboot();
+    put_multiboot(&mut unknown, 16, 1 << 16 | 1 << 5, [0x20_0010, 0x20_0000, 0, 0, 0x20_0040]);
+    assert!(try_load("flat-unknown", &unknown, &memory).unwrap_err().to_string().contains("features"));
+
+    // Linked at 3 GiB, loaded at 1 MiB.
+    let mut high = elf(32, false);
+    put_multiboot(&mut high, 0x210, 0, [0; 5]);
+    put(&mut high, 24, &0xc000_0010u32.to_le_bytes());
+    put(&mut high, 52 + 8, &0xc000_0000u32.to_le_bytes());
+    assert_eq!(try_load("high", &high, &memory).unwrap().rip, 0x10_0010);
+}
+
+/// Any damage to any header gives an error or a loaded guest, never a panic. `LODGE_MUTATIONS` says how often to try.
 #[test]
 fn mutated_headers_do_no_harm() {
     let mut x = 0x9e37_79b9_7f4a_7c15_u64;
-    println!("seed {x:#x}");
-    let originals = [bzimage(), elf(32, true), elf(64, true), elf(32, false)];
+    let times = std::env::var("LODGE_MUTATIONS").map_or(5000, |n| n.parse().unwrap());
+    println!("seed {x:#x}, {times} times");
+    let mut multiboot = elf(32, false);
+    put_multiboot(&mut multiboot, 0x210, 3, [0; 5]);
+    let originals = [bzimage(), elf(32, true), elf(64, true), multiboot, flat_multiboot()];
     let memory = Memory::new(64 << 20, 0).unwrap();
-    for n in 0..4000 {
-        let mut b = originals[n % 4].clone();
-        for _ in 0..=n % 5 {
+    for n in 0..times {
+        let kind = n % originals.len();
+        let mut b = originals[kind].clone();
+        for _ in 0..=n % 4 {
             x ^= x << 13;
             x ^= x >> 7;
             x ^= x << 17;
-            let area = if n % 4 == 0 { 0x1f0..0x270 } else { 0..0x320 };
+            let area = [0x1f0..0x270, 0..0x320, 0..0x320, 0..0x230, 16..48][kind].clone();
             let at = area.start + (x >> 8) as usize % (area.end - area.start);
             b[at] = [0, 0xff, 0x7f, 0x80, (x >> 48) as u8][(x >> 40) as usize % 5];
         }
+        if kind == 4 {
+            // Else the sum would be all that is tested.
+            let words: Vec<u32> =
+                (0..7).map(|n| u32::from_le_bytes(b[20 + 4 * n..][..4].try_into().unwrap())).collect();
+            put_multiboot(&mut b, 16, words[0] & 0x1_0007, words[2..].try_into().unwrap());
+        }
         b.truncate(if n % 3 == 0 { (x >> 16) as usize % b.len() } else { b.len() });
         let _ = try_load("mutated", &b, &memory);
+    }
+}
+
+/// Debian's kernels, where the cache has any.
+#[test]
+fn real_kernels_are_understood() {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache")));
+    let files = cache.and_then(|c| std::fs::read_dir(c.join("lodge/files")).ok());
+    let paths = files.into_iter().flatten().flatten().map(|f| f.path());
+    let kernels: Vec<_> = paths.filter(|p| p.to_string_lossy().contains("-vmlinuz-")).collect();
+    if kernels.is_empty() {
+        println!("skipped: no kernel in Lodge's cache; `lodge run` fetches one");
+    }
+    for path in kernels {
+        let memory = Memory::new(256 << 20, 0).unwrap();
+        let state = load(&memory, &Kernel { kernel: &path, initrd: &[], cmdline: "quiet", rsdp: 0xe_0000 })
+            .unwrap_or_else(|error| panic!("{error}"));
+        let long = state.efer & efer::LMA != 0;
+        let place = word(&memory, at::ZERO_PAGE + 0x214);
+        println!("{}: 64-bit entry: {long}, at {place:#x}", path.display());
+        assert_eq!(state.rip, if long { place + 0x200 } else { place });
+        // Every kernel's entry clears the direction flag first: that is code, and not the file's set-up part.
+        assert_eq!(word(&memory, state.rip) & 0xff, 0xfc, "{}", path.display());
     }
 }
 

@@ -1,0 +1,6 @@
+//! Linux bzImages.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| lodge_boot_fuzz::load_with(data, 0x202, b"HdrS"));
