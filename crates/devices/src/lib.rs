@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod debug;
+pub mod pci;
 pub mod pit;
 pub mod pm;
 pub mod reset;
