@@ -2,10 +2,34 @@
 #![forbid(unsafe_code)]
 
 mod nested;
+mod packages;
+mod sh;
+mod test;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's own chores")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run all that CI runs: formatting, lints, licences, tests
+    Test(test::Args),
+    /// Boot the nested bed, where KVM works on every host, and run Lodge in it
+    Nested {
+        /// Show what the outer guest prints
+        #[arg(long)]
+        verbose: bool,
+    },
+}
 
 fn main() -> anyhow::Result<()> {
-    match std::env::args().nth(1).as_deref() {
-        Some("nested") => nested::run(std::env::args().nth(2).as_deref() == Some("--verbose")),
-        _ => anyhow::bail!("usage: cargo xtask nested [--verbose]"),
+    match Cli::parse().command {
+        Command::Test(args) => test::run(&args),
+        Command::Nested { verbose } => nested::run(verbose),
     }
 }

@@ -1,0 +1,29 @@
+//! `cargo xtask test`: all that CI runs.
+
+use anyhow::Result;
+
+use crate::{packages, sh};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Only tests whose name contains this
+    filter: Option<String>,
+    /// Leave out formatting, lints and licences
+    #[arg(long)]
+    quick: bool,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    packages::ensure()?;
+    packages::ensure_tools()?;
+    if !args.quick {
+        sh::run(&mut sh::cargo(&["fmt", "--all", "--check"]))?;
+        sh::run(&mut sh::cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+        sh::run(&mut sh::cargo(&["deny", "--log-level", "error", "check", "licenses", "bans", "sources"]))?;
+    }
+    // The end-to-end tests run the command as users have it.
+    sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
+    let mut nextest = vec!["nextest", "run", "--workspace", "--no-fail-fast"];
+    nextest.extend(args.filter.as_deref());
+    sh::run(&mut sh::cargo(&nextest))
+}
