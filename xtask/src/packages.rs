@@ -14,8 +14,11 @@ const TOOLS: [(&str, &str); 2] = [("nextest", "0.9"), ("deny", "0.20")];
 
 /// Installs what is missing when run as root, and names it when not.
 pub fn ensure() -> Result<()> {
-    let missing: Vec<&str> =
-        PACKAGES.iter().filter(|(_, program)| !sh::have(program, &["--version"])).map(|(package, _)| *package).collect();
+    let missing: Vec<&str> = PACKAGES
+        .iter()
+        .filter(|(_, program)| !sh::have(program, &["--version"]))
+        .map(|(package, _)| *package)
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -45,7 +48,10 @@ pub fn ensure_tools() -> Result<()> {
         println!("installing cargo-{tool}");
         let name = format!("cargo-{tool}");
         // Built for the host, in a place of its own: flags of ours do not belong in it.
-        sh::run(sh::cargo(&["install", "--quiet", "--locked", &name, "--version", version]).env_remove("RUSTFLAGS"))?;
+        sh::run(
+            sh::cargo(&["install", "--quiet", "--locked", &name, "--version", version])
+                .env_remove("RUSTFLAGS"),
+        )?;
     }
     Ok(())
 }

@@ -18,7 +18,15 @@ pub fn run(args: &Args) -> Result<()> {
     packages::ensure_tools()?;
     if !args.quick {
         sh::run(&mut sh::cargo(&["fmt", "--all", "--check"]))?;
-        sh::run(&mut sh::cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+        sh::run(&mut sh::cargo(&[
+            "clippy",
+            "--quiet",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ]))?;
         sh::run(&mut sh::cargo(&["deny", "--log-level", "error", "check", "licenses", "bans", "sources"]))?;
     }
     // The end-to-end tests run the command as users have it.

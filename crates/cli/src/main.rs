@@ -1,6 +1,41 @@
 //! The `lodge` command.
 #![forbid(unsafe_code)]
 
-fn main() -> anyhow::Result<()> {
-    Ok(())
+mod args;
+mod config;
+mod console;
+mod host;
+mod progress;
+mod report;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+fn main() -> ExitCode {
+    let cli = args::Cli::parse();
+    let done = match cli.command {
+        args::Command::Run(args) => run::run(&args),
+        args::Command::Host(args) => host::host(&args).map(|()| ExitCode::SUCCESS),
+        args::Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut args::Cli::command(), "lodge", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        args::Command::Man { directory } => man(&directory).map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| report::report(&error))
+}
+
+/// Writes a man page for each command.
+fn man(directory: &std::path::Path) -> anyhow::Result<()> {
+    use anyhow::Context;
+    std::fs::create_dir_all(directory)
+        .and_then(|()| clap_mangen::generate_to(args::Cli::command(), directory))
+        .with_context(|| {
+            format!(
+                "cannot write man pages into {}; name a directory that you may write",
+                directory.display()
+            )
+        })
 }

@@ -1,2 +1,117 @@
-//! A virtual machine as its owner knows it.
+//! A virtual machine as its owner knows it: configuration in, running machine out.
+//!
+//! The only place that puts engine, devices and guest together: [`assemble`] is the list of what is in the PC.
 #![forbid(unsafe_code)]
+
+mod assemble;
+mod config;
+mod console;
+mod cpus;
+mod error;
+pub mod host;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use machine::cpu::Stats;
+
+pub use config::{Boot, Choice, Config};
+pub use console::Console;
+pub use error::Error;
+pub use machine::Power;
+pub use machine::power::End;
+pub use x86::cpuid::Model;
+
+use assemble::Assembly;
+use cpus::Cpus;
+
+/// A virtual machine.
+pub struct Vm {
+    assembly: Assembly,
+    cpus: Cpus,
+    console: Arc<Console>,
+    power: Power,
+    assembled: Duration,
+    ran: Duration,
+    paused: bool,
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm")
+            .field("engine", &self.assembly.engine)
+            .field("cpus", &self.cpus)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a VM did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What ran it.
+    pub engine: &'static str,
+    /// How long each phase took.
+    pub phases: Vec<(&'static str, Duration)>,
+    /// What each vCPU counted.
+    pub cpus: Vec<Stats>,
+}
+
+impl Vm {
+    /// A machine that is ready to run.
+    ///
+    /// # Errors
+    /// The configuration is not one that can be, a file is not what it has to be, or the host refuses something.
+    pub fn new(config: &Config, console: &Arc<Console>) -> Result<Self, Error> {
+        Self::restart(config, console, &Power::default())
+    }
+
+    /// The same machine again, after a reset; its end is told to the same `power`.
+    ///
+    /// # Errors
+    /// As [`Vm::new`].
+    pub fn restart(config: &Config, console: &Arc<Console>, power: &Power) -> Result<Self, Error> {
+        let begun = Instant::now();
+        let mut assembly = assemble::assemble(config, console, power)?;
+        let cpus = Cpus::start(std::mem::take(&mut assembly.vcpus), power)?;
+        Ok(Self {
+            assembly,
+            cpus,
+            console: console.clone(),
+            power: power.clone(),
+            assembled: begun.elapsed(),
+            ran: Duration::ZERO,
+            paused: config.paused,
+        })
+    }
+
+    /// The power switch.
+    pub fn power(&self) -> &Power {
+        &self.power
+    }
+
+    /// Runs the guest until it ends, or until `deadline`: then there is no end.
+    pub fn run(&mut self, deadline: Option<Instant>) -> Option<End> {
+        let begun = Instant::now();
+        if !self.paused {
+            self.cpus.resume_all();
+        }
+        let end = self.power.wait(deadline);
+        self.cpus.pause_all();
+        self.ran = begun.elapsed();
+        match end {
+            // A kernel that panicked resets the machine, if it was told to.
+            Some(End::Reset) if self.console.panicked() => Some(End::Panic),
+            end => end,
+        }
+    }
+
+    /// Ends the threads; what was counted.
+    pub fn stop(mut self) -> Report {
+        Report {
+            engine: self.assembly.engine,
+            phases: vec![("machine ready after", self.assembled), ("guest ran for", self.ran)],
+            cpus: self.cpus.stop(),
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! Every command and flag, in one place: the parser, the help, the completions and the man pages all come from here.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Exit statuses of `lodge run`, as help and man page show them.
+pub const EXIT_STATUS: &str = "\
+Exit status of `lodge run`:
+  0    the guest powered off (or was reset, with --no-reboot)
+  2    the command line or the configuration file is wrong
+  4    the host or Lodge failed: no memory, no file, no network …
+  6    the guest ended badly: its kernel panicked, or a triple fault
+  124  --timeout ran out
+  130  ended by the escape key, Ctrl-C or a signal
+  odd  with --debug-exit: (v << 1) | 1, where v is what the guest wrote to port 0xf4";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  lodge run                                 a Debian kernel and a shell, fetched on first use
+  lodge run tiny:trixie --cpus 2            the same with Debian 13's kernel, on two processors
+  lodge run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'
+  echo 'cat /proc/cpuinfo' | lodge run | grep 'model name'
+  lodge run --gdb 127.0.0.1:1234            then, in gdb: target remote :1234";
+
+/// Runs whole operating systems inside Linux, with KVM or without.
+#[derive(Debug, Parser)]
+#[command(name = "lodge", version, about, after_long_help = EXIT_STATUS, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a guest with its console on this terminal
+    #[command(after_help = RUN_EXAMPLES, after_long_help = format!("{RUN_EXAMPLES}\n\n{EXIT_STATUS}"))]
+    Run(Box<Run>),
+    /// Show which engines this host can use, and what keeps it from the others
+    Host(Host),
+    /// Print shell completions
+    #[command(
+        after_help = "Example:\n  lodge completions bash > ~/.local/share/bash-completion/completions/lodge"
+    )]
+    Completions {
+        /// The shell to complete for
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a directory
+    Man {
+        /// Where to write them; made if missing
+        directory: PathBuf,
+    },
+}
+
+/// `lodge host`.
+#[derive(Debug, Args)]
+pub struct Host {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which technique runs the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// The fastest that works here
+    #[default]
+    Auto,
+    /// The host's KVM
+    Kvm,
+    /// Every instruction by software: slow, exact, needs nothing
+    Interpret,
+}
+
+/// Which processor the guest sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Cpu {
+    /// x86-64-v2: SSE4.2, POPCNT
+    V2,
+    /// x86-64-v3: AVX2, BMI, FMA
+    V3,
+    /// All that this host and the engine have
+    Host,
+}
+
+/// `lodge run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The guest: `tiny` (a Debian kernel and a shell), `tiny:SUITE` (tiny:trixie), `tiny:i386`, or a kernel file
+    pub image: Option<String>,
+
+    /// What to call the virtual machine
+    #[arg(long, value_name = "N")]
+    pub name: Option<String>,
+    /// What runs it [default: auto, or the configuration file's]
+    #[arg(long, value_enum)]
+    pub engine: Option<Engine>,
+    /// Virtual processors, 1 to 255 [default: 1]
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
+    /// The processor's model [default: v3 where the host has it, else v2]
+    #[arg(long, value_enum)]
+    pub cpu: Option<Cpu>,
+    /// Memory, such as 512M or 4G [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+
+    /// A kernel: Linux bzImage, ELF with a PVH note, or multiboot
+    #[arg(long, value_name = "FILE", help_heading = "Boot", conflicts_with_all = ["image", "firmware"])]
+    pub kernel: Option<PathBuf>,
+    /// Its initial RAM disk; for multiboot a module (may be given several times)
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    pub initrd: Vec<PathBuf>,
+    /// The kernel's command line; for the default guest, what to add to it
+    #[arg(long, value_name = "TEXT", help_heading = "Boot")]
+    pub cmdline: Option<String>,
+    /// Firmware to start from the reset vector instead of a kernel
+    #[arg(long, value_name = "FILE", help_heading = "Boot", conflicts_with = "image")]
+    pub firmware: Option<PathBuf>,
+    /// The Debian archive to fetch from [default: the one that apt on this host uses]
+    #[arg(long, value_name = "URL", help_heading = "Boot")]
+    pub mirror: Option<String>,
+
+    /// End the guest after so many seconds
+    #[arg(long, value_name = "SECS", help_heading = "Ending", value_parser = parse_seconds)]
+    pub timeout: Option<std::time::Duration>,
+    /// End when the guest resets, instead of starting it again
+    #[arg(long, help_heading = "Ending")]
+    pub no_reboot: bool,
+    /// Give the guest port 0xf4, through which it can end with a status of its choice
+    #[arg(long, help_heading = "Ending")]
+    pub debug_exit: bool,
+
+    /// Wait for gdb at this address, such as 127.0.0.1:1234
+    #[arg(long, value_name = "ADDR", help_heading = "Looking inside")]
+    pub gdb: Option<SocketAddr>,
+    /// Print what the guest did: instructions, exits by kind, time by phase
+    #[arg(long, help_heading = "Looking inside")]
+    pub stats: bool,
+}
+
+/// Reads a size: a number with K, M, G or T after it (powers of 1024), or bytes.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.to_ascii_uppercase().as_str() {
+        "" | "B" => 0,
+        "K" | "KB" | "KIB" => 10,
+        "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        _ => return Err("give a number and a unit, such as 512M or 4G".into()),
+    };
+    let number: u64 =
+        number.parse().map_err(|_| "give a number and a unit, such as 512M or 4G".to_string())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "that is more than any machine has".into())
+}
+
+fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "give a number of seconds, such as 30".to_string())?;
+    if !(seconds > 0.0 && seconds < 1e9) {
+        return Err("give more than 0 seconds".into());
+    }
+    Ok(std::time::Duration::from_secs_f64(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("4gib"), Ok(4 << 30));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        for bad in ["", "M", "1X", "-1G", "1.5G", "99999999999T"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

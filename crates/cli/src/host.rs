@@ -1,0 +1,28 @@
+//! `lodge host`: which engines can be used here.
+
+use comfy_table::presets::UTF8_BORDERS_ONLY;
+use comfy_table::{ContentArrangement, Table};
+
+use crate::args;
+
+/// Prints the table.
+pub fn host(args: &args::Host) -> anyhow::Result<()> {
+    let engines = vm::host::engines();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&engines)?);
+        return Ok(());
+    }
+    let mut table = Table::new();
+    table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["engine", "usable", "why", "what to do"]);
+    for engine in &engines {
+        let usable = match (engine.usable, engine.chosen) {
+            (true, true) => "yes, the default",
+            (true, false) => "yes",
+            (false, _) => "no",
+        };
+        table.add_row([engine.name, usable, &engine.reason, engine.remedy.as_deref().unwrap_or("")]);
+    }
+    println!("{table}");
+    Ok(())
+}

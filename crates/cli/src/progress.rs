@@ -1,0 +1,34 @@
+//! Progress bars for what takes time before a guest starts.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Shows each step as a bar on standard error, where that is a terminal.
+#[derive(Default)]
+pub struct Bars(Option<ProgressBar>);
+
+impl images::Progress for Bars {
+    fn begin(&mut self, what: &str, total: Option<u64>) {
+        let template = match total {
+            Some(_) => "{msg:40!} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12}",
+            None => "{msg:40!} {spinner} {bytes:>10}",
+        };
+        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(what.to_string());
+        self.0 = Some(bar);
+    }
+
+    fn advance(&mut self, bytes: u64) {
+        if let Some(bar) = &self.0 {
+            bar.inc(bytes);
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.0.take() {
+            bar.finish_and_clear();
+        }
+    }
+}

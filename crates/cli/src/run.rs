@@ -1,0 +1,247 @@
+//! `lodge run`: a guest with its console on this terminal.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use vm::{Boot, Choice, Config, Console, End, Model, Vm};
+
+use crate::args::{Cpu, Engine, Run};
+use crate::config;
+use crate::console::{self, Ask, Raw};
+use crate::progress::Bars;
+use crate::report::{Help, Usage};
+
+/// Exit statuses that are not the debug-exit port's, which are odd: see `args::EXIT_STATUS`.
+mod status {
+    pub const HOST: u8 = 4;
+    pub const GUEST: u8 = 6;
+    pub const TIMEOUT: u8 = 124;
+    pub const STOPPED: u8 = 130;
+}
+
+/// Starts the guest, and waits for its end.
+pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
+    let begun = Instant::now();
+    let config = configure(args)?;
+    let prepared = begun.elapsed();
+    let console = Arc::new(Console::new(Box::new(std::io::stdout())));
+    let mut vm = Vm::new(&config, &console)?;
+
+    // From here on the terminal may be raw: it is put back on every way out, panics included.
+    let raw = Raw::new();
+    let _restore = raw.clone().map(RestoreOnDrop);
+    if raw.is_some() {
+        let hook = std::panic::take_hook();
+        let terminal = raw.clone();
+        std::panic::set_hook(Box::new(move |info| {
+            terminal.iter().for_each(Raw::restore);
+            hook(info);
+        }));
+        eprint!("{}\r\n", console::HINT);
+    }
+    let power = vm.power().clone();
+    watch_signals(&power)?;
+    read_input(raw.is_some(), &console, &power)?;
+    let deadline = args.timeout.map(|t| begun + t);
+    let mut end = vm.run(deadline);
+    while end == Some(End::Reset) && !args.no_reboot {
+        drop(vm);
+        power.clear();
+        vm = Vm::restart(&config, &console, &power)?;
+        end = vm.run(deadline);
+    }
+    let report = vm.stop();
+    console.flush();
+    raw.iter().for_each(Raw::restore);
+    if args.stats {
+        print_stats(&report, prepared, begun.elapsed());
+    }
+    Ok(finish(end.as_ref(), args))
+}
+
+struct RestoreOnDrop(Raw);
+
+impl Drop for RestoreOnDrop {
+    fn drop(&mut self) {
+        self.0.restore();
+    }
+}
+
+/// Says how the guest ended where that is no power-off, and gives the status for it.
+fn finish(end: Option<&End>, args: &Run) -> ExitCode {
+    let (status, text) = match end {
+        Some(End::PowerOff | End::Reset) => (0, None),
+        Some(End::DebugExit(value)) => ((value << 1) as u8 | 1, None),
+        Some(End::Panic) => {
+            (status::GUEST, Some("the guest's kernel panicked; its last words are above".to_string()))
+        }
+        Some(End::TripleFault) => (
+            status::GUEST,
+            Some(
+                "the guest stopped with a triple fault: its kernel could not handle an exception".to_string(),
+            ),
+        ),
+        Some(End::Stopped(why)) => (status::STOPPED, Some(format!("ended by {why}"))),
+        Some(End::Failed(what)) => (status::HOST, Some(what.clone())),
+        None => {
+            let seconds = args.timeout.unwrap_or_default().as_secs_f64();
+            (status::TIMEOUT, Some(format!("the guest did not end within {seconds} s (--timeout)")))
+        }
+    };
+    if let Some(text) = text {
+        eprintln!("lodge: {text}");
+    }
+    ExitCode::from(status)
+}
+
+fn watch_signals(power: &vm::Power) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot watch for signals")?;
+    let power = power.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for signal in signals.forever() {
+                power.request(End::Stopped(match signal {
+                    SIGINT => "Ctrl-C",
+                    SIGTERM => "SIGTERM",
+                    _ => "SIGHUP: the terminal has gone",
+                }));
+            }
+        })
+        .context("the host gives no thread")?;
+    Ok(())
+}
+
+fn read_input(raw: bool, console: &Arc<Console>, power: &vm::Power) -> anyhow::Result<()> {
+    let (console, power) = (console.clone(), power.clone());
+    std::thread::Builder::new()
+        .name("input".into())
+        .spawn(move || {
+            console::pump(
+                raw,
+                |bytes| console.push(bytes),
+                |ask| match ask {
+                    Ask::Quit => power.request(End::Stopped("the escape key")),
+                    Ask::PowerButton => console.press_power_button(),
+                },
+            );
+        })
+        .context("the host gives no thread")?;
+    Ok(())
+}
+
+/// Everything that the command line, the configuration file and the defaults say.
+fn configure(args: &Run) -> anyhow::Result<Config> {
+    let file = config::Config::read()?;
+    let memory = match (args.memory, &file.memory) {
+        (Some(bytes), _) => bytes,
+        (None, Some(text)) => crate::args::parse_size(text)
+            .map_err(|e| Usage(format!("the configuration file's memory, \"{text}\", is no size: {e}")))?,
+        (None, None) => 512 << 20,
+    };
+    let boot = boot(args, file.mirror.as_deref())?;
+    Ok(Config {
+        name: args.name.clone().unwrap_or_else(|| name_of(&boot)),
+        engine: match args.engine.or(file.engine).unwrap_or_default() {
+            Engine::Auto => Choice::Auto,
+            Engine::Kvm => Choice::Kvm,
+            Engine::Interpret => Choice::Interpret,
+        },
+        model: args.cpu.map(|cpu| match cpu {
+            Cpu::V2 => Model::V2,
+            Cpu::V3 => Model::V3,
+            Cpu::Host => Model::Host,
+        }),
+        cpus: args.cpus.or(file.cpus).unwrap_or(1),
+        memory,
+        boot,
+        debug_exit: args.debug_exit,
+        paused: args.gdb.is_some(),
+    })
+}
+
+fn name_of(boot: &Boot) -> String {
+    let path = match boot {
+        Boot::Kernel { kernel, .. } => kernel,
+        Boot::Firmware(path) => path,
+    };
+    path.file_name().map_or_else(|| "guest".into(), |n| n.to_string_lossy().into_owned())
+}
+
+fn boot(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
+    if let Some(path) = &args.firmware {
+        return Ok(Boot::Firmware(path.clone()));
+    }
+    let image = args.image.as_deref().unwrap_or("tiny");
+    let file = args.kernel.clone().or_else(|| Path::new(image).is_file().then(|| PathBuf::from(image)));
+    if let Some(kernel) = file {
+        let cmdline = args.cmdline.clone().unwrap_or_else(|| "console=ttyS0".into());
+        return Ok(Boot::Kernel { kernel, initrd: args.initrd.clone(), cmdline });
+    }
+    let mut options = images::Options {
+        mirror: args.mirror.clone().or_else(|| mirror.map(Into::into)),
+        ..images::Options::default()
+    };
+    match image.split_once(':') {
+        None if image == "tiny" => {}
+        Some(("tiny", "i386")) => options.arch = "i386".into(),
+        Some(("tiny", suite))
+            if suite.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') && !suite.is_empty() =>
+        {
+            options.suite = Some(suite.into());
+        }
+        _ if image.contains('/') => {
+            return Err(anyhow::Error::new(Usage(format!("there is no file {image}")))
+                .context(Help("name a kernel file that exists, or `tiny`".into())));
+        }
+        _ => {
+            return Err(anyhow::Error::new(Usage(format!("there is no image called {image}"))).context(
+                Help(
+                    "images are: tiny, tiny:SUITE (such as tiny:trixie), tiny:i386, or a kernel file".into(),
+                ),
+            ));
+        }
+    }
+    let guest = images::default_guest(&options, &mut Bars::default())?;
+    if std::io::stderr().is_terminal() || !guest.cached {
+        eprintln!("{}", guest.description);
+    }
+    let mut cmdline = format!("{} panic=-1", guest.cmdline);
+    if let Some(more) = &args.cmdline {
+        cmdline = format!("{cmdline} {more}");
+    }
+    let initrd = if args.initrd.is_empty() { vec![guest.initrd] } else { args.initrd.clone() };
+    Ok(Boot::Kernel { kernel: guest.kernel, initrd, cmdline })
+}
+
+fn print_stats(report: &vm::Report, prepared: std::time::Duration, total: std::time::Duration) {
+    let mut err = std::io::stderr().lock();
+    let seconds = |d: std::time::Duration| format!("{:.3} s", d.as_secs_f64());
+    let mut line = |what: &str, value: String| {
+        // Statistics are not worth failing for.
+        let _ = writeln!(err, "{what:>32}  {value}");
+    };
+    line("engine", report.engine.into());
+    line("image ready after", seconds(prepared));
+    for (phase, time) in &report.phases {
+        line(phase, seconds(*time));
+    }
+    line("total", seconds(total));
+    for (index, cpu) in report.cpus.iter().enumerate() {
+        if let Some(n) = cpu.instructions {
+            line(&format!("vCPU {index}: instructions"), n.to_string());
+        }
+        for (what, n) in &cpu.counters {
+            line(&format!("vCPU {index}: {what}"), n.to_string());
+        }
+        for (what, ns) in &cpu.times {
+            line(&format!("vCPU {index}: {what}"), seconds(std::time::Duration::from_nanos(*ns)));
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The machine's parts, put together: the list of all that is in the PC.
+
+use std::sync::Arc;
+
+use std::time::SystemTime;
+
+use devices::{At, debug, pit, pm, reset, rtc, serial};
+use machine::cpu::{State, Vcpu};
+use machine::irq::LocalApics;
+use machine::irqs::Irqs;
+use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
+use x86::cpuid::Cpuid;
+
+use crate::config::{Boot, Choice, Config};
+use crate::console::Console;
+use crate::{Error, host};
+
+/// The rate of the time-stamp counter where software makes it: one tick per nanosecond.
+const TSC_KHZ: u64 = 1_000_000;
+
+/// Where PCI devices with large BARs go: 512 GiB, up to the end of what the processor addresses.
+const PCI_WINDOW64: (u64, u64) = (1 << 39, 1 << 39);
+
+/// A machine that is ready to start.
+pub struct Assembly {
+    pub vcpus: Vec<Box<dyn Vcpu>>,
+    pub engine: &'static str,
+    pub machine: Arc<Machine>,
+    /// Held for the machine's life: devices raise interrupts through it.
+    pub _irqs: Arc<Irqs>,
+}
+
+/// Puts a machine together.
+pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Result<Assembly, Error> {
+    check(config)?;
+    let rom = match &config.boot {
+        Boot::Firmware(path) => boot::rom_size(path)?,
+        Boot::Kernel { .. } => 0,
+    };
+    let memory = Memory::new(config.memory, rom)?;
+    let (engine, tsc_khz) = match host::choose(config.engine)? {
+        host::Chosen::Kvm { tsc_khz } => (Choice::Kvm, tsc_khz),
+        host::Chosen::Interpret => (Choice::Interpret, TSC_KHZ),
+    };
+    let clock = Arc::new(Clock::host(tsc_khz));
+    let timers =
+        Timers::new(clock.clone()).map_err(|source| Error::Host { what: "a thread for timers", source })?;
+    let machine = Arc::new(Machine {
+        memory,
+        ports: Bus::default(),
+        mmio: Bus::default(),
+        clock,
+        timers,
+        power: power.clone(),
+    });
+    let processor = host::processor(engine, config.model, config.cpus, tsc_khz)?;
+    let (mut vcpus, irqs, engine) = match engine {
+        Choice::Kvm => with_kvm(config, &machine, &processor)?,
+        _ => with_interpreter(config, &machine, processor)?,
+    };
+    plug(config, &machine, &irqs, console)?;
+    let state = load(config, &machine.memory)?;
+    for (index, vcpu) in vcpus.iter_mut().enumerate() {
+        let mut state = if index == 0 { state.clone() } else { State::reset(false, 0) };
+        // What only the engine knows: it stays as it is.
+        let own = vcpu.state()?;
+        state.msrs.tsc_offset = own.msrs.tsc_offset;
+        vcpu.set_state(&state)?;
+    }
+    Ok(Assembly { vcpus, engine, machine, _irqs: irqs })
+}
+
+fn check(config: &Config) -> Result<(), Error> {
+    if !(1..=255).contains(&config.cpus) {
+        return Err(Error::Cpus(config.cpus));
+    }
+    if config.memory < 4 << 20 {
+        return Err(Error::MemorySmall(config.memory >> 20));
+    }
+    if !config.memory.is_multiple_of(1 << 20) {
+        return Err(Error::MemoryOdd(config.memory));
+    }
+    let host = host::memory();
+    if host != 0 && config.memory > host {
+        return Err(Error::MemoryLarge(config.memory >> 20, host >> 20));
+    }
+    Ok(())
+}
+
+type Engine = (Vec<Box<dyn Vcpu>>, Arc<Irqs>, &'static str);
+
+fn with_kvm(config: &Config, machine: &Arc<Machine>, processor: &Cpuid) -> Result<Engine, Error> {
+    let vm = kvm::Vm::new(&machine.memory)?;
+    let irqs = Irqs::new(Arc::new(vm.clone()) as Arc<dyn LocalApics>);
+    let vcpus = (0..config.cpus)
+        .map(|n| Ok(Box::new(vm.vcpu(n as u8, processor, machine.clone())?) as Box<dyn Vcpu>))
+        .collect::<Result<_, Error>>()?;
+    Ok((vcpus, irqs, "kvm"))
+}
+
+fn with_interpreter(_: &Config, _: &Arc<Machine>, _: Cpuid) -> Result<Engine, Error> {
+    let (reason, remedy) = ("it has not landed yet".into(), "use kvm".into());
+    Err(Error::Engine { engine: "interpret", reason, remedy })
+}
+
+/// Puts the kernel or firmware into memory, with the tables that a kernel without firmware needs.
+fn load(config: &Config, memory: &Memory) -> Result<State, Error> {
+    let (kernel, initrd, cmdline) = match &config.boot {
+        Boot::Firmware(path) => {
+            boot::load_firmware(memory, path)?;
+            return Ok(State::reset(true, 0));
+        }
+        Boot::Kernel { kernel, initrd, cmdline } => (kernel, initrd, cmdline),
+    };
+    let ports = boot::acpi::Pm {
+        event: pm::PM1A_EVENT as u16,
+        control: pm::PM1A_CONTROL as u16,
+        timer: pm::TIMER as u16,
+        gpe0: pm::GPE0 as u16,
+        gpe0_len: pm::GPE0_LEN,
+        s5: pm::SLEEP_TYPE_S5,
+    };
+    let tables =
+        boot::acpi::Config { cpus: config.cpus, pm: ports, sci: pm::SCI, pci_window64: PCI_WINDOW64 };
+    let rsdp = boot::acpi::build(&tables).place(memory)?;
+    boot::smbios::place(memory, config.cpus)?;
+    Ok(boot::load(memory, &boot::Kernel { kernel, initrd, cmdline, rsdp })?)
+}
+
+fn insert(bus: &Bus, at: At, what: &'static str, registers: Arc<dyn Registers>) -> Result<(), Error> {
+    Ok(bus.insert(at.start, at.len, what, registers)?)
+}
+
+/// All devices, on the buses.
+fn plug(config: &Config, machine: &Machine, irqs: &Arc<Irqs>, console: &Arc<Console>) -> Result<(), Error> {
+    let Machine { ports, mmio, clock, timers, power, .. } = machine;
+    irqs.insert(ports, mmio)?;
+
+    let com1 = serial::Serial::new(irqs.line(4), console.writer());
+    insert(ports, serial::COM1, "COM1", com1.clone())?;
+
+    let pm_block = pm::Pm::new(irqs.line(pm::SCI), power.clone(), clock.clone(), timers);
+    insert(ports, pm::SMI, "SMI command", pm_block.smi())?;
+    insert(ports, pm::PM, "ACPI PM", pm_block.clone())?;
+    console.attach(&com1, &pm_block);
+
+    insert(ports, reset::CONTROL, "reset control", reset::Control::new(power.clone()))?;
+    insert(ports, reset::FAST_A20, "port 92", reset::FastA20::new(power.clone()))?;
+    let i8042 = reset::I8042::new(irqs.line(1), irqs.line(12), power.clone());
+    insert(ports, reset::I8042_DATA, "8042", i8042.data())?;
+    insert(ports, reset::I8042_COMMAND, "8042", i8042.command())?;
+
+    let timer = pit::Pit::new(irqs.line(0), clock.clone(), timers);
+    insert(ports, pit::PIT, "8254", timer.clone())?;
+    insert(ports, pit::CONTROL_B, "port 61", timer.control_b())?;
+    let cmos = rtc::Rtc::new(irqs.line(8), clock.clone(), timers, SystemTime::now(), config.memory);
+    insert(ports, rtc::RTC, "RTC", cmos)?;
+
+    insert(ports, debug::POST, "POST code", debug::Post::new())?;
+    if config.debug_exit {
+        insert(ports, debug::EXIT, "debug exit", debug::DebugExit::new(power.clone()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,54 @@
+//! What a VM is made from.
+
+use std::path::PathBuf;
+
+use x86::cpuid::Model;
+
+/// Which technique runs the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// The fastest that works here.
+    #[default]
+    Auto,
+    /// The host's KVM.
+    Kvm,
+    /// The interpreter.
+    Interpret,
+}
+
+/// What the guest starts with.
+#[derive(Clone, Debug)]
+pub enum Boot {
+    /// A kernel, loaded for it.
+    Kernel {
+        /// Linux bzImage, ELF with a PVH note, or multiboot.
+        kernel: PathBuf,
+        /// Initial RAM disk (one), or multiboot modules.
+        initrd: Vec<PathBuf>,
+        /// Command line.
+        cmdline: String,
+    },
+    /// Firmware, which starts at the reset vector.
+    Firmware(PathBuf),
+}
+
+/// A VM's configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What to call it.
+    pub name: String,
+    /// What runs it.
+    pub engine: Choice,
+    /// Processor model; the best that the host has if absent: v3, else v2.
+    pub model: Option<Model>,
+    /// Virtual processors, 1 to 255.
+    pub cpus: u32,
+    /// Bytes of RAM; a multiple of 1 MiB.
+    pub memory: u64,
+    /// What it starts with.
+    pub boot: Boot,
+    /// Whether the guest has the debug-exit port 0xf4.
+    pub debug_exit: bool,
+    /// Whether the vCPUs wait for a debugger before their first instruction.
+    pub paused: bool,
+}

@@ -1,0 +1,144 @@
+//! The guest's console as its owner has it: one for the VM's whole life, through every reset of the machine.
+
+use std::fmt;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use devices::pm::Pm;
+use devices::serial::Serial;
+
+/// What Linux says when it panics. It is looked for in the output, for the reset that follows looks like any other.
+const PANIC: &[u8] = b"Kernel panic - not syncing";
+
+/// Where output goes, and where input is to come out.
+pub struct Console {
+    out: Mutex<Output>,
+    panicked: AtomicBool,
+    machine: Mutex<Option<Plugs>>,
+    attached: Condvar,
+}
+
+struct Output {
+    to: Box<dyn Write + Send>,
+    /// How much of [`PANIC`] the last bytes match.
+    matched: usize,
+}
+
+#[derive(Clone)]
+struct Plugs {
+    serial: Arc<Serial>,
+    pm: Arc<Pm>,
+}
+
+impl fmt::Debug for Console {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Console")
+    }
+}
+
+impl Console {
+    /// A console that writes to `to`.
+    pub fn new(to: Box<dyn Write + Send>) -> Self {
+        Self {
+            out: Mutex::new(Output { to, matched: 0 }),
+            panicked: AtomicBool::new(false),
+            machine: Mutex::new(None),
+            attached: Condvar::new(),
+        }
+    }
+
+    /// The end that the machine's serial port writes to.
+    pub(crate) fn writer(self: &Arc<Self>) -> Box<dyn Write + Send> {
+        Box::new(Writer(self.clone()))
+    }
+
+    /// From now on this machine is meant.
+    pub(crate) fn attach(&self, serial: &Arc<Serial>, pm: &Arc<Pm>) {
+        self.panicked.store(false, Ordering::Relaxed);
+        *lock(&self.machine) = Some(Plugs { serial: serial.clone(), pm: pm.clone() });
+        self.attached.notify_all();
+    }
+
+    fn plugs(&self) -> Plugs {
+        let mut machine = lock(&self.machine);
+        loop {
+            match &*machine {
+                Some(plugs) => return plugs.clone(),
+                None => machine = self.attached.wait(machine).unwrap_or_else(|e| e.into_inner()),
+            }
+        }
+    }
+
+    /// Types `bytes`: waits until the guest has taken them.
+    pub fn push(&self, bytes: &[u8]) {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let taken = self.plugs().serial.push_all(rest, Duration::from_millis(200));
+            rest = &rest[taken.min(rest.len())..];
+        }
+    }
+
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        self.plugs().pm.press_power_button();
+    }
+
+    /// Whether the guest's kernel said that it panicked.
+    pub(crate) fn panicked(&self) -> bool {
+        self.panicked.load(Ordering::Relaxed)
+    }
+
+    /// Waits for output on its way, for a moment.
+    pub fn flush(&self) {
+        if let Some(plugs) = lock(&self.machine).clone() {
+            plugs.serial.drain(Duration::from_secs(2));
+        }
+        // An output that cannot be written to has been closed by its reader.
+        let _ = lock(&self.out).to.flush();
+    }
+}
+
+struct Writer(Arc<Console>);
+
+impl Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut out = lock(&self.0.out);
+        for &byte in bytes {
+            // The text's first letter occurs in it only once, so a failed match starts anew there or at the next byte.
+            out.matched =
+                if byte == PANIC[out.matched] { out.matched + 1 } else { usize::from(byte == PANIC[0]) };
+            if out.matched == PANIC.len() {
+                out.matched = 0;
+                self.0.panicked.store(true, Ordering::Relaxed);
+            }
+        }
+        out.to.write_all(bytes)?;
+        out.to.flush()?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        lock(&self.0.out).to.flush()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_noticed_across_writes() {
+        let console = Arc::new(Console::new(Box::new(std::io::sink())));
+        let mut writer = console.writer();
+        writer.write_all(b"Kernel panKernel panic - not").unwrap();
+        assert!(!console.panicked());
+        writer.write_all(b" syncing: test").unwrap();
+        assert!(console.panicked());
+    }
+}
