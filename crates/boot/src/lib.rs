@@ -74,7 +74,7 @@ pub fn load(memory: &Memory, what: &Kernel<'_>) -> Result<State, Error> {
         return match (elf.pvh_entry, multiboot::find(&head)) {
             (Some(entry), _) => pvh::load(memory, &file, &elf, entry, what),
             (None, Some(header)) => multiboot::load(memory, &file, &header, Some(&elf), what),
-            (None, None) => Err(file.error("an ELF file with neither a PVH note nor a multiboot header")),
+            (None, None) => Err(file.error("an ELF file with neither a PVH note nor a multiboot header; of a Linux kernel, give the bzImage (vmlinuz)")),
         };
     }
     if let Some(header) = multiboot::find(&head) {
@@ -85,7 +85,7 @@ pub fn load(memory: &Memory, what: &Kernel<'_>) -> Result<State, Error> {
         Some([0x28, 0xb5, 0x2f, 0xfd]) => "compressed with zstd; decompress it first (unzstd)",
         Some([0xfd, b'7', b'z', b'X']) => "compressed with xz; decompress it first (unxz)",
         Some([b'Q', b'F', b'I', 0xfb]) => "a qcow2 disk image; booting from disks comes in a later version",
-        _ => "no kernel that Lodge knows: neither a Linux bzImage, nor ELF with a PVH note, nor multiboot",
+        _ => "no kernel that Lodge knows; give a Linux bzImage (vmlinuz), an ELF with a PVH note, or a multiboot kernel",
     }))
 }
 

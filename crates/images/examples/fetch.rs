@@ -1,7 +1,7 @@
 //! Fetches the default guest, or another by its suite, architecture and kernel, and prints where it is.
 //!
-//! `cargo run -p lodge-images --example fetch -- [--suite S] [--arch A] [--kernel PACKAGE] [--mirror URL] [--refresh]
-//! [--file PATTERN]…`: with `--file`, those files of the kernel's package in place of a guest.
+//! `cargo run -p lodge-images --example fetch -- [--suite S] [--arch A] [--kernel PACKAGE] [--mirror URL] [--keyring FILE]
+//! [--refresh] [--file PATTERN]…`: with `--file`, those files of the kernel's package in place of a guest.
 
 use images::{Options, Progress, Source};
 
@@ -23,7 +23,17 @@ impl Progress for Print {
     }
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> std::process::ExitCode {
+    match fetch() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn fetch() -> Result<(), Box<dyn std::error::Error>> {
     let mut options = Options::default();
     let mut patterns = Vec::new();
     let mut arguments = std::env::args().skip(1);
@@ -34,6 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "--arch" => options.arch = value()?,
             "--kernel" => options.kernel = Some(value()?),
             "--mirror" => options.mirror = Some(value()?),
+            "--keyring" => options.keyring = Some(value()?.into()),
             "--file" => patterns.push(value()?),
             "--refresh" => options.refresh = true,
             other => return Err(format!("unknown option {other}").into()),

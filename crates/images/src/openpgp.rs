@@ -3,14 +3,15 @@
 //! A signature counts when a key of the keyring made it, with a hash that is still sound, and that key was neither
 //! revoked nor expired. One that counts is enough, as in apt: archives are signed with the keys of several releases.
 
-use std::io::Cursor;
+use std::io::{Cursor, Read};
 use std::path::Path;
 
+use pgp::armor::Dearmor;
 use pgp::composed::{
     CleartextSignedMessage, Deserializable, DetachedSignature, SignedPublicKey, SignedPublicSubKey,
 };
 use pgp::crypto::hash::HashAlgorithm;
-use pgp::packet::{Signature, SignatureType};
+use pgp::packet::{Packet, PacketParser, Signature, SignatureType};
 use pgp::types::{KeyDetails, Tag};
 
 const ARMOUR: &str = "-----BEGIN PGP PUBLIC KEY BLOCK-----";
@@ -47,7 +48,7 @@ impl Keyring {
     /// Adds the keys of a file in binary or ASCII form. Keys of kinds that are not known are left out.
     pub fn add_file(&mut self, path: &Path) -> std::io::Result<()> {
         let mut bytes = Vec::new();
-        std::io::copy(&mut std::io::Read::take(std::fs::File::open(path)?, LARGEST_KEYRING), &mut bytes)?;
+        std::fs::File::open(path)?.take(LARGEST_KEYRING).read_to_end(&mut bytes)?;
         self.add(&bytes);
         Ok(())
     }
@@ -65,9 +66,20 @@ impl Keyring {
     }
 
     fn add_block(&mut self, bytes: &[u8]) {
-        if let Ok((keys, _)) = SignedPublicKey::from_reader_many(Cursor::new(bytes)) {
-            self.keys.extend(keys.flatten());
+        if bytes.starts_with(b"-") {
+            let mut binary = Vec::new();
+            if Dearmor::new(Cursor::new(bytes)).read_to_end(&mut binary).is_ok() {
+                self.add_packets(&binary);
+            }
+        } else {
+            self.add_packets(bytes);
         }
+    }
+
+    fn add_packets(&mut self, bytes: &[u8]) {
+        // GnuPG leaves its own notes on trust between the packets of a key, as in Ubuntu's keyring.
+        let packets = PacketParser::new(bytes).filter(|packet| !matches!(packet, Ok(Packet::Trust(_))));
+        self.keys.extend(SignedPublicKey::from_packets(packets.peekable()).flatten());
     }
 
     /// Keeps only keys of which the primary key or a subkey ends in one of the fingerprints (upper case).
@@ -348,11 +360,16 @@ mod tests {
         use pgp::ser::Serialize;
         let keys = [key(true), key(false)].map(|key| key.to_public_key());
         let binary: Vec<u8> = keys.iter().flat_map(|key| key.to_bytes().unwrap()).collect();
+        let mut noted = Vec::new();
+        for packet in PacketParser::new(&binary[..]) {
+            packet.unwrap().to_writer(&mut noted).unwrap();
+            noted.extend_from_slice(&[0xB0, 2, 0, 3]); // A trust packet of two bytes.
+        }
         let armour: String = keys.iter().map(|key| key.to_armored_string(None.into()).unwrap()).collect();
-        for bytes in [&binary[..], armour.as_bytes()] {
+        for bytes in [&binary[..], &noted, armour.as_bytes()] {
             let mut ring = Keyring::default();
             ring.add(bytes);
-            assert_eq!(ring.keys.len(), 2);
+            assert_eq!(ring.keys, keys);
             let print = format!("{:X}", keys[1].public_subkeys[0].fingerprint());
             ring.retain(&[print]);
             assert_eq!(ring.keys, keys[1..]);

@@ -69,7 +69,7 @@ fn device(name: &str, hid: &str, uid: u32, resources: Vec<&dyn Aml>) -> Raw {
     Raw(bytes.0)
 }
 
-/// Which GSI an INTx pin of bus 0 is wired to: 16 to 23, by device and pin.
+/// Which GSI an INTx pin of bus 0 is wired to, by device and pin.
 fn routing() -> PackageBuilder {
     let mut table = PackageBuilder::new();
     for slot in 0..32u32 {

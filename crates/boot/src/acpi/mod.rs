@@ -91,7 +91,8 @@ impl Tables {
     }
 }
 
-/// The GSI that pin `pin` (0 is INTA) of device `slot` on bus 0 is wired to: 16 to 23.
+/// The GSI that pin `pin` (0 is INTA) of device `slot` on bus 0 is wired to: 20 to 23 in turns, by the lines PIRQE to PIRQH
+/// of the LPC bridge, as the devices are.
 pub const fn intx_gsi(slot: u32, pin: u32) -> u32 {
-    16 + (slot + pin) % 8
+    20 + (slot + pin) % 4
 }

@@ -78,7 +78,7 @@ impl<'a> Finder<'a> {
     pub(super) fn find(&self, progress: &mut dyn Progress) -> Result<Vec<Archive>, Error> {
         progress.begin("looking for the archive", None);
         let main = match &self.options.mirror {
-            Some(mirror) => self.mirror(mirror).map(|main| (main, Vec::new())),
+            Some(mirror) => self.mirror(mirror),
             None => self.configured(),
         };
         progress.finish();
@@ -121,23 +121,29 @@ impl<'a> Finder<'a> {
         }
     }
 
-    /// The archive that the user named. Without a suite, the host's own is tried, then Debian's stable one.
-    fn mirror(&self, mirror: &str) -> Result<Checked, Error> {
+    /// The archive that the user named, and its updates. Without a suite, the host's own is tried, then Debian's
+    /// stable one.
+    fn mirror(&self, mirror: &'a str) -> Result<(Checked, Vec<Candidate<'a>>), Error> {
         let mut suites: Vec<&str> = self.options.suite.iter().map(String::as_str).collect();
         if suites.is_empty() {
             suites.extend(self.apt.codename.as_deref().into_iter().chain(["stable"]));
         }
+        let candidate = |suite: String| Candidate {
+            uris: vec![mirror.trim_end_matches('/')],
+            suite,
+            signed_by: None,
+            check_valid_until: None,
+        };
         let mut result = Err(Error::NoArchive);
         for suite in suites {
-            let uris = vec![mirror.trim_end_matches('/')];
-            let candidate =
-                Candidate { uris, suite: suite.to_owned(), signed_by: None, check_valid_until: None };
-            result = self.release(&candidate);
+            result = self.release(&candidate(suite.to_owned()));
             if !matches!(result, Err(Error::Fetch(FetchError::NotFound { .. }))) {
                 break;
             }
         }
-        result
+        let main = result?;
+        let updates = POCKETS.iter().map(|pocket| candidate(format!("{}{pocket}", main.suite))).collect();
+        Ok((main, updates))
     }
 
     /// The main archive by apt's configuration, and where its updates are.

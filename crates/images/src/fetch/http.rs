@@ -93,7 +93,7 @@ impl Client {
         for _ in 0..MOST_REDIRECTS {
             let response = self.request(&target, offset).map_err(|error| match error {
                 ureq::Error::BadUri(_) | ureq::Error::Http(_) => bad(),
-                other => FetchError::Connection { url: target.clone(), reason: other.to_string() },
+                other => FetchError::Connection { url: target.clone(), reason: reason(&other) },
             })?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(response);
@@ -150,6 +150,16 @@ impl Client {
         self.agents.borrow_mut().insert(way.clone(), agent.clone());
         Ok(agent)
     }
+}
+
+/// What went wrong, in words for people.
+fn reason(error: &ureq::Error) -> String {
+    let text = error.to_string();
+    let text = text.strip_prefix("io: ").unwrap_or(&text);
+    // Without the authorities' certificates no server's can be checked.
+    let hint =
+        if text.contains("UnknownIssuer") { " (is the package ca-certificates installed?)" } else { "" };
+    format!("{text}{hint}")
 }
 
 fn header<'a>(response: &'a Response, name: &str) -> Option<&'a str> {
