@@ -3,6 +3,30 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use x86::cpuid::{Cpuid, Entry, Feature, Features, Leaf};
 
+const EAX: usize = 0;
+const EBX: usize = 1;
+const ECX: usize = 2;
+const EDX: usize = 3;
+
+/// Registers that are sets of features, each of which the host's KVM must have: leaf, subleaf, register, and the bits that
+/// need no say of KVM's.
+const SETS: [(u32, u32, usize, u32); 11] = [
+    // TSC-deadline comes with the LAPIC, OSXSAVE follows CR4, and that there is a hypervisor is so.
+    (1, 0, ECX, 1 << 24 | 1 << 27 | 1 << 31),
+    // The APIC bit follows the APIC base MSR; HTT is topology.
+    (1, 0, EDX, 1 << 9 | 1 << 28),
+    (7, 0, EBX, 0),
+    (7, 0, ECX, 0),
+    (7, 0, EDX, 0),
+    (7, 1, EAX, 0),
+    (0xd, 1, EAX, 0),
+    // CMP_LEGACY is topology.
+    (0x8000_0001, 0, ECX, 1 << 1),
+    (0x8000_0001, 0, EDX, 1 << 9),
+    (0x8000_0008, 0, EBX, 0),
+    (KVM_FEATURES, 0, EAX, 0),
+];
+
 /// KVM's own paravirtual features, which hosts have more or less of (Linux, Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES: u32 = 0x4000_0001;
 /// Extended topology.
@@ -22,23 +46,30 @@ pub fn features(supported: &CpuId) -> Features {
         .or(Features::of(&[Feature::TSC_DEADLINE, Feature::APIC]))
 }
 
-/// What KVM_SET_CPUID2 takes for the vCPU with LAPIC `id` of the processor `model`. KVM fills in what CR4 and XCR0 decide.
+/// What KVM_SET_CPUID2 takes for the vCPU with LAPIC `id` of the processor `model`, less the features that
+/// this host's KVM lacks. KVM fills in what CR4 and XCR0 decide.
 pub fn entries(model: &Cpuid, supported: &CpuId, id: u8) -> Vec<kvm_cpuid_entry2> {
     model.entries().iter().map(|e| entry(e, supported, id)).collect()
 }
 
 fn entry(e: &Entry, supported: &CpuId, id: u8) -> kvm_cpuid_entry2 {
-    let mut value = e.value;
+    let Leaf { eax, ebx, ecx, edx } = e.value;
+    let mut value = [eax, ebx, ecx, edx];
+    let subleaf = e.subleaf.unwrap_or(0);
+    let Leaf { eax, ebx, ecx, edx } = answer(supported, e.leaf, subleaf);
+    let host = [eax, ebx, ecx, edx];
+    for (_, _, register, granted) in SETS.iter().filter(|set| (set.0, set.1) == (e.leaf, subleaf)) {
+        value[*register] &= host[*register] | granted;
+    }
     match e.leaf {
-        1 => value.ebx |= u32::from(id) << 24,
-        TOPOLOGY => value.edx = id.into(),
-        KVM_FEATURES => value.eax &= answer(supported, KVM_FEATURES, 0).eax,
+        1 => value[EBX] |= u32::from(id) << 24,
+        TOPOLOGY => value[EDX] = id.into(),
         _ => {}
     }
-    let Leaf { eax, ebx, ecx, edx } = value;
+    let [eax, ebx, ecx, edx] = value;
     kvm_cpuid_entry2 {
         function: e.leaf,
-        index: e.subleaf.unwrap_or(0),
+        index: subleaf,
         flags: if e.subleaf.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
         eax,
         ebx,
@@ -96,5 +127,7 @@ mod tests {
         assert_eq!(find(0xb, 1).flags, KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
         assert_eq!(find(1, 0).flags, 0);
         assert_eq!(find(0x4000_0001, 0).eax, 1 | 1 << 3, "no more than the host's KVM has");
+        assert_eq!(find(7, 0).ebx, 1 << 5, "likewise: AVX2 alone");
+        assert_eq!(find(1, 0).ecx, 1 << 31 | 1 << 24 | 1 << 19);
     }
 }

@@ -14,7 +14,7 @@ use kvm_ioctls::Kvm;
 use machine::cpu::{self, Exit, Kick, State, Vcpu as _};
 use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
 use x86::control::{cr0, cr4, efer};
-use x86::cpuid::{Config, Cpuid, Model, Vendor};
+use x86::cpuid::{Config, Cpuid, Features, Model, Vendor};
 use x86::segment::index;
 use x86::{Segment, Table, gpr};
 
@@ -29,6 +29,8 @@ const LIMIT: Duration = Duration::from_millis(1000);
 pub struct Usable {
     /// The rate of the host's time-stamp counter in kHz, which guests see without cost.
     pub tsc_khz: u64,
+    /// The processor features that guests can have.
+    pub features: Features,
 }
 
 /// Why this host's KVM is of no use, and what would help.
@@ -74,8 +76,8 @@ pub fn probe() -> Result<Usable, Unusable> {
         ));
     }
     let tsc_khz = tsc_khz(&kvm).map_err(|e| failed(&e))?;
-    trial().map_err(|e| failed(&e))??;
-    Ok(Usable { tsc_khz })
+    let features = trial().map_err(|e| failed(&e))??;
+    Ok(Usable { tsc_khz, features })
 }
 
 /// The rate of the host's time-stamp counter, which is that of a new vCPU.
@@ -212,8 +214,8 @@ fn model(vm: &Vm) -> Result<Cpuid, cpu::Error> {
     Cpuid::new(&config).map_err(|missing| cpu::Error::Guest(format!("the host lacks {missing:?}")))
 }
 
-/// Runs the guest.
-fn trial() -> Result<Result<(), Unusable>, cpu::Error> {
+/// Runs the guest; the features that the host's KVM has.
+fn trial() -> Result<Result<Features, Unusable>, cpu::Error> {
     let memory = Memory::new(1 << 20, 0).map_err(|e| cpu::Error::Guest(e.to_string()))?;
     let report = Arc::new(Report::default());
     let clock = Arc::new(Clock::host(1_000_000));
@@ -252,7 +254,8 @@ fn trial() -> Result<Result<(), Unusable>, cpu::Error> {
         drop(done);
         exit
     })?;
-    Ok(verdict(exit, report.cs.load(Ordering::SeqCst), report.number.load(Ordering::SeqCst)))
+    let (cs, number) = (report.cs.load(Ordering::SeqCst), report.number.load(Ordering::SeqCst));
+    Ok(verdict(exit, cs, number).map(|()| vm.features()))
 }
 
 fn verdict(exit: Exit, cs: u64, number: u64) -> Result<(), Unusable> {

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_SPLIT_IRQCHIP, KVM_GUESTDBG_BLOCKIRQ, KVM_IRQ_ROUTING_MSI,
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
-    kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use machine::Machine;
@@ -29,7 +29,7 @@ const IDENTITY_MAP: u64 = 0xfffb_c000;
 const TSS: usize = 0xfffb_d000;
 
 /// What an engine must be able to do, and what KVM calls it.
-pub(crate) const CAPABILITIES: [(Cap, &str); 13] = [
+pub(crate) const CAPABILITIES: [(Cap, &str); 12] = [
     (Cap::UserMemory, "guest memory from user space"),
     (Cap::ReadonlyMem, "read-only memory"),
     (Cap::SplitIrqchip, "LAPICs without an IOAPIC (split irqchip)"),
@@ -41,7 +41,6 @@ pub(crate) const CAPABILITIES: [(Cap, &str); 13] = [
     (Cap::TscDeadlineTimer, "the TSC-deadline timer"),
     (Cap::ExtCpuid, "CPUID by leaf"),
     (Cap::Xsave, "XSAVE state"),
-    (Cap::Xcrs, "extended control registers"),
     (Cap::VcpuEvents, "vCPU events"),
 ];
 
@@ -112,6 +111,11 @@ impl Vm {
     /// KVM refuses.
     pub fn vcpu(&self, id: u8, model: &Cpuid, machine: Arc<Machine>) -> Result<Vcpu, Error> {
         let kick = Arc::new(Kick::default());
+        if id == 0 {
+            // The paravirtual clock counts from when the VM was made; that of guest time, from when the machine was.
+            let clock = kvm_clock_data { clock: machine.clock.now(), ..Default::default() };
+            self.shared.fd.set_clock(&clock).map_err(host("KVM did not take the time"))?;
+        }
         let vcpu = Vcpu::new(self.shared.clone(), id, model, machine, kick.clone())?;
         if id == 0 {
             let _ = self.shared.boot.set(kick);

@@ -3,12 +3,14 @@
 //! They are real-mode programs of a few bytes, so that they run even on a KVM that cannot run a kernel.
 
 use std::sync::{Arc, Mutex, OnceLock, Weak, mpsc};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm::{Vcpu, Vm};
 use machine::cpu::{Activity, Debug, Exit, State, Stop, Vcpu as _};
 use machine::irq::{Controllers, LocalApics, Msi};
 use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use x86::cpuid::{Config, Cpuid, Model, Vendor};
 use x86::{Segment, gpr, segment::index};
 
@@ -226,32 +228,80 @@ fn state_goes_out_and_in() {
     assert_eq!(back, state);
 }
 
-#[test]
-fn a_message_wakes_a_halted_processor() {
+/// A program that turns its LAPIC on, tells by a write to port 0x40 that it has, and halts. Vector 0x41 has `handler`.
+fn waits_for_interrupts(handler: &[u8]) -> Option<Guest> {
     let mut code = vec![
         0x66, 0xbb, 0xf0, 0x00, 0xe0, 0xfe, // mov ebx, 0xfee000f0, the spurious-interrupt register
         0x67, 0x66, 0xc7, 0x03, 0xff, 0x01, 0x00, 0x00, // mov dword [ebx], 0x1ff: the LAPIC is on
         0xe6, 0x40, // out 0x40, al
         0xfb, 0xf4, 0xeb, 0xfd, // sti; hlt; jmp to the hlt
     ];
-    // The handler: in al, 0x40; out END, al
     code.resize(0x40, 0x90);
-    code.extend([0xe4, 0x40, 0xe6, END]);
-    let Some(mut g) = guest_of_usable_kvm(&code) else { return };
+    code.extend(handler);
+    let mut g = guest_of_usable_kvm(&code)?;
     big_real_mode(&mut g.vcpu);
     g.machine.memory.store(0x41 * 4, CODE as u32 + 0x40);
-    let msi = Msi { address: 0xfee0_0000, data: 0x41 };
-    assert!(!g.vm.send(msi), "a LAPIC that is off takes nothing");
-    let (vm, ports) = (g.vm.clone(), g.ports.clone());
-    let thread = std::thread::spawn(move || {
+    Some(g)
+}
+
+/// Calls `then` when the guest's LAPIC is on.
+fn when_on<R: Send + 'static>(g: &Guest, then: impl FnOnce() -> R + Send + 'static) -> JoinHandle<R> {
+    let ports = g.ports.clone();
+    std::thread::spawn(move || {
         while ports.writes.lock().unwrap().is_empty() {
             std::thread::yield_now();
         }
-        vm.send(msi)
-    });
-    let exit = g.run();
-    assert_eq!((exit, *g.ports.reads.lock().unwrap()), (Exit::Kicked, 1));
+        then()
+    })
+}
+
+const MESSAGE: Msi = Msi { address: 0xfee0_0000, data: 0x41 };
+
+#[test]
+fn a_message_wakes_a_halted_processor() {
+    // in al, 0x40; out END, al
+    let Some(mut g) = waits_for_interrupts(&[0xe4, 0x40, 0xe6, END]) else { return };
+    assert!(!g.vm.send(MESSAGE), "a LAPIC that is off takes nothing");
+    let vm = g.vm.clone();
+    let thread = when_on(&g, move || vm.send(MESSAGE));
+    assert_eq!((g.run(), *g.ports.reads.lock().unwrap()), (Exit::Kicked, 1));
     assert!(thread.join().unwrap(), "the LAPIC took it");
+}
+
+#[test]
+fn events_stand_for_messages_and_for_writes() {
+    // mov ebx, 0xd0000000; mov [ebx], al; out END, al
+    let handler = [0x66, 0xbb, 0x00, 0x00, 0x00, 0xd0, 0x67, 0x88, 0x03, 0xe6, END];
+    let Some(mut g) = waits_for_interrupts(&handler) else { return };
+    let (interrupt, doorbell) = (EventFd::new(EFD_NONBLOCK).unwrap(), EventFd::new(EFD_NONBLOCK).unwrap());
+    let handle = g.vm.irqfd(&interrupt, Msi { data: 0x99, ..MESSAGE }).unwrap();
+    g.vm.reroute(handle, MESSAGE).unwrap();
+    g.vm.ioeventfd(&doorbell, 0xd000_0000).unwrap();
+    let thread = when_on(&g, move || interrupt.write(1).unwrap());
+    assert_eq!(g.run(), Exit::Kicked);
+    thread.join().unwrap();
+    assert_eq!(doorbell.read().unwrap(), 1);
+    assert!(g.vcpu.stats().counters.contains(&("MMIO writes", 0)), "no exit");
+}
+
+#[test]
+fn the_end_of_a_level_triggered_interrupt_is_told() {
+    // mov dword [ebx - 0x40], 0: EOI; out END, al
+    let handler = [0x67, 0x66, 0xc7, 0x43, 0xc0, 0, 0, 0, 0, 0xe6, END];
+    for (level, told) in [(true, vec![0x41]), (false, vec![])] {
+        let Some(mut g) = waits_for_interrupts(&handler) else { return };
+        let pic = Arc::new(Pic::new(&g));
+        let weak: Weak<Pic> = Arc::downgrade(&pic);
+        g.vm.connect(weak);
+        let mut routes = [None; 24];
+        routes[9] = Some((MESSAGE, level));
+        g.vm.routes(&routes);
+        let vm = g.vm.clone();
+        let data = MESSAGE.data | if level { 1 << 15 | 1 << 14 } else { 0 };
+        when_on(&g, move || vm.send(Msi { data, ..MESSAGE }));
+        assert_eq!(g.run(), Exit::Kicked);
+        assert_eq!(*pic.ended.lock().unwrap(), told);
+    }
 }
 
 #[test]
@@ -262,7 +312,7 @@ fn the_pics_interrupt_waits_for_the_window() {
     code.extend([0xe6, END]);
     let Some(mut g) = guest(&code) else { return };
     g.machine.memory.store(0x08 * 4, 0x1010u32);
-    let pic = Arc::new(Pic { vm: g.vm.clone(), ports: g.ports.clone(), seen: Mutex::default() });
+    let pic = Arc::new(Pic::new(&g));
     let weak: Weak<Pic> = Arc::downgrade(&pic);
     g.vm.connect(weak);
     g.vm.intr(true);
@@ -270,11 +320,18 @@ fn the_pics_interrupt_waits_for_the_window() {
     assert_eq!(*pic.seen.lock().unwrap(), [1], "acknowledged once, after the write that came before STI");
 }
 
-/// One interrupt, vector 8; remembers how many writes came before its acknowledgement.
+/// One interrupt, vector 8; remembers how many writes came before its acknowledgement, and what EOIs there were.
 struct Pic {
     vm: Vm,
     ports: Arc<Recorder>,
     seen: Mutex<Vec<usize>>,
+    ended: Mutex<Vec<u8>>,
+}
+
+impl Pic {
+    fn new(g: &Guest) -> Self {
+        Self { vm: g.vm.clone(), ports: g.ports.clone(), seen: Mutex::default(), ended: Mutex::default() }
+    }
 }
 
 impl Controllers for Pic {
@@ -284,7 +341,9 @@ impl Controllers for Pic {
         Some(8)
     }
 
-    fn eoi(&self, _: u8) {}
+    fn eoi(&self, vector: u8) {
+        self.ended.lock().unwrap().push(vector);
+    }
 }
 
 #[test]
