@@ -15,6 +15,7 @@ pub mod apic;
 pub mod cpu;
 pub mod legacy;
 pub mod paging;
+pub mod pic;
 pub mod report;
 pub mod runtime;
 pub mod segments;
