@@ -59,6 +59,7 @@ fn fetch() -> Result<(), Box<dyn std::error::Error>> {
             guest.initrd.display(),
             guest.cmdline
         );
+        println!("vmlinux={}", images::unpacked_kernel(&options, &guest.kernel, &mut Print(0))?.display());
         return Ok(());
     }
     let kernel = options.kernel.clone().unwrap_or_else(|| "linux-image-cloud-amd64".to_owned());

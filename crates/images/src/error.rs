@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::deb::DebError;
 use crate::fetch::FetchError;
+use crate::kernel::UnpackError;
 use crate::openpgp::SignatureError;
 
 /// Why there is no guest.
@@ -93,6 +94,22 @@ pub enum Error {
         package: String,
         /// What is wrong with it.
         source: DebError,
+    },
+    /// A file of the user's cannot be read.
+    #[error("cannot read {}: {source}; check the path and its permissions", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// There is no ELF kernel to take out of an image.
+    #[error("cannot unpack {}: {source}; start it as it is", path.display())]
+    Kernel {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: UnpackError,
     },
     /// There is nowhere to keep a cache.
     #[error("no directory for the cache is known; set HOME, XDG_CACHE_HOME or LODGE_CACHE_DIR")]

@@ -1,12 +1,12 @@
 //! The default guest: a kernel and busybox.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::Options;
-use crate::cache::Stored;
 use crate::cpio::Cpio;
 use crate::error::Error;
 use crate::fetch::sha256;
+use crate::kernel::{self, UnpackError};
 use crate::progress::Progress;
 use crate::source::{PackageFile, PackageFiles, Source};
 
@@ -67,6 +67,25 @@ pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<G
     Ok(Guest { kernel: image.stored.clone(), initrd, cmdline, release, description, cached })
 }
 
+/// The ELF kernel in the bzImage `image`, from the cache or unpacked and kept there: see [`kernel`].
+pub fn unpacked_kernel(
+    options: &Options,
+    image: &Path,
+    progress: &mut dyn Progress,
+) -> Result<PathBuf, Error> {
+    let mut source = Source::new(options)?;
+    let failed = |source: UnpackError| Error::Kernel { path: image.to_owned(), source };
+    let bytes = std::fs::read(image).map_err(|source| Error::File { path: image.to_owned(), source })?;
+    let key = format!("vmlinux-{}", &sha256(&bytes)[..12]);
+    if let Some(path) = source.stored(&key) {
+        return Ok(path);
+    }
+    progress.begin("unpacking the kernel", None);
+    let unpacked = kernel::unpack(&bytes);
+    progress.finish();
+    source.store(&key, "vmlinux", &unpacked.map_err(failed)?, progress)
+}
+
 /// The initial RAM disk of the default guest, around a statically linked busybox. More can be added to it.
 pub fn initramfs(busybox: &[u8]) -> Cpio {
     let mut image = Cpio::new();
@@ -98,17 +117,9 @@ fn stored_initramfs(
 ) -> Result<PathBuf, Error> {
     let ours = sha256(&initramfs(&[]).finish());
     let key = format!("initramfs-{}-{}", &busybox.sha256[..12], &ours[..12]);
-    let cached =
-        |source: &Source| source.cache.record::<Stored>(&key).and_then(|stored| source.cache.path(&stored));
-    if let Some(path) = cached(source) {
+    if let Some(path) = source.stored(&key) {
         return Ok(path);
     }
     let program = std::fs::read(&busybox.stored).map_err(Error::cache(&busybox.stored))?;
-    source.lock(progress)?;
-    let cache = source.cache.clone();
-    let lock = source.lock(progress)?;
-    let stored = cache.store("initramfs.cpio", &initramfs(&program).finish(), lock)?;
-    cache.set_record(&key, &stored, lock)?;
-    let lost = || Error::cache(&key)(std::io::Error::other("what was just written there has changed"));
-    cached(source).ok_or_else(lost)
+    source.store(&key, "initramfs.cpio", &initramfs(&program).finish(), progress)
 }

@@ -21,6 +21,7 @@ mod deb822;
 mod error;
 mod fetch;
 mod guest;
+pub mod kernel;
 mod openpgp;
 mod packages;
 mod progress;
@@ -32,7 +33,7 @@ use std::time::Duration;
 
 pub use error::Error;
 pub use fetch::FetchError;
-pub use guest::{Guest, default_guest, initramfs};
+pub use guest::{Guest, default_guest, initramfs, unpacked_kernel};
 pub use openpgp::SignatureError;
 pub use progress::{Progress, Silent};
 pub use source::{PackageFile, PackageFiles, Source};

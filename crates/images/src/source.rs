@@ -1,6 +1,7 @@
 //! Files of packages, from the cache or from the archive.
 
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 
@@ -59,10 +60,10 @@ struct RecordedFile {
 /// Gives files of packages. The archive is asked only for what the cache does not have, and its index read once.
 pub struct Source<'a> {
     options: &'a Options,
-    pub(crate) cache: Cache,
+    cache: Cache,
     /// Held from the first thing that is fetched.
     archives: Option<Archives>,
-    lock: Option<Lock>,
+    lock: Option<Rc<Lock>>,
 }
 
 impl<'a> Source<'a> {
@@ -92,17 +93,15 @@ impl<'a> Source<'a> {
             return Ok(found);
         }
         self.fetch(&key, packages, patterns, progress)?;
-        let path = PathBuf::from(&key);
-        let lost = || Error::cache(path)(std::io::Error::other("what was just written there has changed"));
-        self.cached(&key).map(|found| PackageFiles { cached: false, ..found }).ok_or_else(lost)
+        self.cached(&key).map(|found| PackageFiles { cached: false, ..found }).ok_or_else(|| lost(&key))
     }
 
     /// Takes the cache's lock, once; it is held until this source is dropped.
-    pub(crate) fn lock(&mut self, progress: &mut dyn Progress) -> Result<&Lock, Error> {
-        match self.lock {
-            Some(ref lock) => Ok(lock),
-            None => Ok(self.lock.insert(self.cache.lock(progress)?)),
+    fn lock(&mut self, progress: &mut dyn Progress) -> Result<Rc<Lock>, Error> {
+        if let Some(lock) = &self.lock {
+            return Ok(lock.clone());
         }
+        Ok(self.lock.insert(Rc::new(self.cache.lock(progress)?)).clone())
     }
 
     fn fetch(
@@ -112,8 +111,8 @@ impl<'a> Source<'a> {
         patterns: &[&str],
         progress: &mut dyn Progress,
     ) -> Result<(), Error> {
-        self.lock(progress)?;
-        let Self { options, cache, archives, lock: Some(lock) } = self else { unreachable!("locked above") };
+        let lock = &self.lock(progress)?;
+        let Self { options, cache, archives, .. } = self;
         let archives = match archives {
             Some(archives) => archives,
             None => archives.insert(Archives::open(options, cache, lock, progress)?),
@@ -146,6 +145,25 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
+    /// The file that was stored with this key, if it is sound.
+    pub(crate) fn stored(&self, key: &str) -> Option<PathBuf> {
+        self.cache.path(&self.cache.record::<Stored>(key)?)
+    }
+
+    /// Stores a file that we made, and gives its path.
+    pub(crate) fn store(
+        &mut self,
+        key: &str,
+        name: &str,
+        bytes: &[u8],
+        progress: &mut dyn Progress,
+    ) -> Result<PathBuf, Error> {
+        let lock = &self.lock(progress)?;
+        let stored = self.cache.store(name, bytes, lock)?;
+        self.cache.set_record(key, &stored, lock)?;
+        self.stored(key).ok_or_else(|| lost(key))
+    }
+
     fn cached(&self, key: &str) -> Option<PackageFiles> {
         let record: Record = self.cache.record(key)?;
         let file = |file: RecordedFile| {
@@ -166,6 +184,11 @@ impl<'a> Source<'a> {
         let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.+".contains(c) { c } else { '-' };
         format!("{}-{}", name.chars().map(plain).take(100).collect::<String>(), &sha256(all.as_bytes())[..12])
     }
+}
+
+/// Something changes the cache while we use it.
+fn lost(key: &str) -> Error {
+    Error::cache(key)(std::io::Error::other("what was just written there has changed"))
 }
 
 /// For each pattern the first file that matches it.

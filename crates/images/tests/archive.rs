@@ -447,6 +447,8 @@ fn the_hosts_own_archive_gives_a_kernel() {
             // A bzImage has this at 0x202 (Documentation/arch/x86/boot.rst).
             assert_eq!(&read(&guest.kernel)[0x202..0x206], b"HdrS");
             assert!(read(&guest.initrd).len() > 1 << 20);
+            let unpacked = images::unpacked_kernel(&options, &guest.kernel, &mut Silent).unwrap();
+            assert!(read(&unpacked).len() > 2 * read(&guest.kernel).len());
         }
         Err(
             error @ (Error::NoArchive
