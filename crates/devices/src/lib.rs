@@ -10,6 +10,8 @@
 #![forbid(unsafe_code)]
 
 pub mod debug;
+pub mod fw_cfg;
+pub mod hpet;
 pub mod pci;
 pub mod pit;
 pub mod pm;
