@@ -48,12 +48,21 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let power = vm.power().clone();
     watch_signals(&power)?;
     read_input(raw.is_some(), &console, &power)?;
+    let gdb = args.gdb.map(|address| listen(address)).transpose()?;
+    if let (Some(listener), Some(address)) = (&gdb, args.gdb) {
+        eprint!("Waiting for gdb; in gdb: target remote {address}\r\n");
+        vm.debug(listener.try_clone().context("the host gives no socket")?)?;
+    }
+
     let deadline = args.timeout.map(|t| begun + t);
     let mut end = vm.run(deadline);
     while end == Some(End::Reset) && !args.no_reboot {
         drop(vm);
         power.clear();
         vm = Vm::restart(&config, &console, &power)?;
+        if let Some(listener) = &gdb {
+            vm.debug(listener.try_clone().context("the host gives no socket")?)?;
+        }
         end = vm.run(deadline);
     }
     let report = vm.stop();
@@ -63,6 +72,12 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
         print_stats(&report, prepared, begun.elapsed());
     }
     Ok(finish(end.as_ref(), args))
+}
+
+fn listen(address: std::net::SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+    std::net::TcpListener::bind(address).with_context(|| {
+        Usage(format!("cannot wait for gdb at {address}; choose another address with --gdb"))
+    })
 }
 
 struct RestoreOnDrop(Raw);
@@ -162,7 +177,6 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         memory,
         boot,
         debug_exit: args.debug_exit,
-        paused: args.gdb.is_some(),
     })
 }
 

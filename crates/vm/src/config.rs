@@ -49,6 +49,4 @@ pub struct Config {
     pub boot: Boot,
     /// Whether the guest has the debug-exit port 0xf4.
     pub debug_exit: bool,
-    /// Whether the vCPUs wait for a debugger before their first instruction.
-    pub paused: bool,
 }

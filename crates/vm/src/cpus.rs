@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use machine::Power;
@@ -19,6 +19,7 @@ enum Command {
     Call(Job),
     Pause,
     Resume,
+    Stop,
 }
 
 /// A vCPU stopped for the debugger: its number, and why.
@@ -27,13 +28,13 @@ pub type DebugStop = (usize, Stop);
 /// All vCPUs of a VM, each on a thread of its own.
 pub struct Cpus {
     cpus: Vec<Cpu>,
-    stops: Option<Receiver<DebugStop>>,
+    stops: Mutex<Option<Receiver<DebugStop>>>,
 }
 
 struct Cpu {
-    commands: Option<Sender<Command>>,
+    commands: Sender<Command>,
     kick: Arc<dyn Kick>,
-    thread: Option<JoinHandle<Stats>>,
+    thread: Mutex<Option<JoinHandle<Stats>>>,
 }
 
 impl fmt::Debug for Cpus {
@@ -58,9 +59,9 @@ impl Cpus {
                 .name(format!("vcpu{index}"))
                 .spawn(move || Thread { vcpu, commands: receiver, power, stops, index, paused: true }.run())
                 .map_err(|source| Error::Host { what: "a thread for a vCPU", source })?;
-            cpus.push(Cpu { commands: Some(commands), kick, thread: Some(thread) });
+            cpus.push(Cpu { commands, kick, thread: Mutex::new(Some(thread)) });
         }
-        Ok(Self { cpus, stops: Some(stops) })
+        Ok(Self { cpus, stops: Mutex::new(Some(stops)) })
     }
 
     /// How many there are.
@@ -71,7 +72,7 @@ impl Cpus {
     fn send(&self, index: usize, command: Command) {
         let Some(cpu) = self.cpus.get(index) else { return };
         // A thread that has ended has told `power` why.
-        if cpu.commands.as_ref().is_some_and(|c| c.send(command).is_ok()) {
+        if cpu.commands.send(command).is_ok() {
             cpu.kick.kick();
         }
     }
@@ -119,19 +120,20 @@ impl Cpus {
         self.call(index, move |vcpu| vcpu.debug(&debug)).unwrap_or(Ok(())).map_err(Error::from)
     }
 
-    /// Where stops for the debugger arrive, for the one who debugs.
-    pub fn stops(&mut self) -> Option<Receiver<DebugStop>> {
-        self.stops.take()
+    /// Where stops for the debugger arrive, for the one who debugs; a second one gets none.
+    pub fn stops(&self) -> Option<Receiver<DebugStop>> {
+        lock(&self.stops).take()
     }
 
     /// Ends all threads; what each vCPU counted.
-    pub fn stop(&mut self) -> Vec<Stats> {
-        for cpu in &mut self.cpus {
-            cpu.commands = None;
-            cpu.kick.kick();
-        }
-        self.cpus.iter_mut().filter_map(|cpu| cpu.thread.take()?.join().ok()).collect()
+    pub fn stop(&self) -> Vec<Stats> {
+        (0..self.count()).for_each(|i| self.send(i, Command::Stop));
+        self.cpus.iter().filter_map(|cpu| lock(&cpu.thread).take()?.join().ok()).collect()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl Drop for Cpus {
@@ -178,7 +180,7 @@ impl Thread {
                 Ok(Command::Pause) => self.paused = true,
                 Ok(Command::Resume) => self.paused = false,
                 Err(TryRecvError::Empty) => return true,
-                Err(TryRecvError::Disconnected) => return false,
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
             }
         }
     }

@@ -8,6 +8,7 @@ mod config;
 mod console;
 mod cpus;
 mod error;
+mod gdb;
 pub mod host;
 
 use std::fmt;
@@ -29,7 +30,7 @@ use cpus::Cpus;
 /// A virtual machine.
 pub struct Vm {
     assembly: Assembly,
-    cpus: Cpus,
+    cpus: Arc<Cpus>,
     console: Arc<Console>,
     power: Power,
     assembled: Duration,
@@ -73,7 +74,7 @@ impl Vm {
     pub fn restart(config: &Config, console: &Arc<Console>, power: &Power) -> Result<Self, Error> {
         let begun = Instant::now();
         let mut assembly = assemble::assemble(config, console, power)?;
-        let cpus = Cpus::start(std::mem::take(&mut assembly.vcpus), power)?;
+        let cpus = Arc::new(Cpus::start(std::mem::take(&mut assembly.vcpus), power)?);
         Ok(Self {
             assembly,
             cpus,
@@ -81,13 +82,22 @@ impl Vm {
             power: power.clone(),
             assembled: begun.elapsed(),
             ran: Duration::ZERO,
-            paused: config.paused,
+            paused: false,
         })
     }
 
     /// The power switch.
     pub fn power(&self) -> &Power {
         &self.power
+    }
+
+    /// Lets gdb control the guest, at this address. The guest waits for it.
+    ///
+    /// # Errors
+    /// The address cannot be listened at.
+    pub fn debug(&mut self, listener: std::net::TcpListener) -> Result<(), Error> {
+        self.paused = true;
+        gdb::serve(listener, &self.cpus, &self.assembly.machine.memory, &self.power)
     }
 
     /// Runs the guest until it ends, or until `deadline`: then there is no end.
@@ -107,7 +117,7 @@ impl Vm {
     }
 
     /// Ends the threads; what was counted.
-    pub fn stop(mut self) -> Report {
+    pub fn stop(self) -> Report {
         Report {
             engine: self.assembly.engine,
             phases: vec![("machine ready after", self.assembled), ("guest ran for", self.ran)],
