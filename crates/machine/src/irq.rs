@@ -30,7 +30,8 @@ pub trait LocalApics: Send + Sync {
 
 /// The devices' side of interrupt delivery, as local APICs see it.
 pub trait Controllers: Send + Sync {
-    /// The INTA cycle: the 8259s' vector. `None` where INTR is down: there is nothing to take.
+    /// The INTA cycle: the 8259s' vector, the spurious one if the request has gone meanwhile. `None` where there are no
+    /// 8259s.
     fn acknowledge(&self) -> Option<u8>;
 
     /// A processor ended the service of a level-triggered `vector`.

@@ -3,10 +3,21 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
-use crate::apic::{IOAPIC_BASE, IoApic};
+use serde::{Deserialize, Serialize};
+
+use crate::apic::{IOAPIC_BASE, IoApic, IoApicState};
 use crate::bus::{Bus, Overlap, Registers};
 use crate::irq::{Controllers, Input, Line, LocalApics, Msi};
-use crate::pic::Pics;
+use crate::pic::{PicState, Pics};
+
+/// All controllers that devices see, to save and restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IrqsState {
+    /// The 8259s.
+    pub pics: PicState,
+    /// The IOAPIC.
+    pub ioapic: IoApicState,
+}
 
 /// The interrupt controllers that devices see.
 pub struct Irqs {
@@ -67,6 +78,17 @@ impl Irqs {
             ports.insert(base, len, "8259", Arc::new(PicPorts { irqs: self.clone(), port: chip }))?;
         }
         mmio.insert(IOAPIC_BASE, 0x1000, "IOAPIC", self.ioapic.clone())
+    }
+
+    /// The controllers' registers, to save them.
+    pub fn state(&self) -> IrqsState {
+        IrqsState { pics: self.pics.state(), ioapic: self.ioapic.state() }
+    }
+
+    /// Goes on with saved registers. Who holds a line up is the devices' state: each sets its line again.
+    pub fn set_state(&self, saved: &IrqsState) {
+        self.pics.set_state(&saved.pics, self.intr());
+        self.ioapic.set_state(&saved.ioapic);
     }
 
     fn intr(&self) -> impl FnOnce(bool) + '_ {

@@ -190,7 +190,12 @@ impl Pics {
 
     /// Goes on with saved registers.
     pub fn set_state(&self, saved: &PicState, intr: impl FnOnce(bool)) {
-        self.with(intr, |chips| *chips = saved.chips.clone());
+        self.with(intr, |chips| {
+            *chips = saved.chips.clone();
+            for chip in chips {
+                (chip.base, chip.top) = (chip.base & 0xf8, chip.top & 7); // a saved file may be wrong
+            }
+        });
     }
 
     /// Sets the level of one of the 16 inputs.
@@ -209,6 +214,8 @@ impl Pics {
                 if let Some(n) = n {
                     slave.take(n);
                 }
+                // Its output falls with the INTA, so that its next request is an edge again.
+                master.set(2, false);
                 slave.base + n.unwrap_or(7)
             }
             Some(n) => {
@@ -221,7 +228,13 @@ impl Pics {
 
     /// A read of port `port` (0 or 1) of controller `chip` (0 or 1).
     pub fn read(&self, chip: usize, port: u64, intr: impl FnOnce(bool)) -> u8 {
-        self.with(intr, |chips| chips[chip & 1].read(port, chip == 1))
+        self.with(intr, |chips| {
+            let chip = chip & 1;
+            if chip == 1 && chips[1].poll {
+                chips[0].set(2, false); // a poll is the slave's INTA
+            }
+            chips[chip].read(port, chip == 1)
+        })
     }
 
     /// A write to port `port` (0 or 1) of controller `chip` (0 or 1).

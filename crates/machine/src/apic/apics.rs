@@ -54,24 +54,14 @@ impl Shared {
         }
     }
 
-    /// Delivers a message to all whom it is for. False if there is nobody.
+    /// Delivers a message to all whom it is for. False if nobody takes it.
     pub(super) fn send(&self, mode: Mode, to: Destination, vector: u8, level: bool) -> bool {
-        let mut targets = self.locals.iter().filter(|local| local.is_destination(to));
+        let targets = self.locals.iter().filter(|local| local.is_destination(to));
         if mode == Mode::LowestPriority {
-            return match targets.min_by_key(|local| local.priority()) {
-                Some(local) => {
-                    local.deliver(mode, vector, level);
-                    true
-                }
-                None => false,
-            };
+            let lowest = targets.filter_map(|local| Some((local.priority()?, local))).min_by_key(|&(p, _)| p);
+            return lowest.is_some_and(|(_, local)| local.deliver(mode, vector, level));
         }
-        let mut any = false;
-        for local in &mut targets {
-            local.deliver(mode, vector, level);
-            any = true;
-        }
-        any
+        targets.fold(false, |any, local| local.deliver(mode, vector, level) | any)
     }
 }
 

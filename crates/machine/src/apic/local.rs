@@ -33,6 +33,7 @@ pub struct Events {
 }
 
 struct Inner {
+    /// Its `nmi`, `init` and `sipi` are meaningless here: `events` has them.
     state: LocalState,
     events: Events,
 }
@@ -171,13 +172,16 @@ impl Local {
 
     /// The registers, to save them.
     pub fn state(&self) -> LocalState {
-        self.lock().state.clone()
+        let inner = self.lock();
+        let Events { nmi, init, sipi, .. } = inner.events;
+        LocalState { nmi, init, sipi, ..inner.state.clone() }
     }
 
     /// Goes on with saved registers. The id stays.
     pub fn set_state(&self, saved: &LocalState) {
-        self.with(|state, _| {
+        self.with(|state, events| {
             *state = LocalState { id: self.id, ..saved.clone() };
+            *events = Events { kicked: events.kicked, nmi: state.nmi, init: state.init, sipi: state.sipi };
             match state.expiry {
                 0 => self.timer.cancel(),
                 at => self.timer.set(at),
@@ -256,6 +260,7 @@ impl Local {
                     Some(())
                 }
                 at::EOI | at::ESR if value != 0 => None,
+                at::TPR if value > 0xff => None,
                 at::ID | at::LDR | at::DFR | at::ICR_HIGH => None,
                 offset => self.set_register(offset, u32::try_from(value).ok()?),
             },
@@ -391,10 +396,11 @@ impl Local {
         match state.deadline {
             0 => self.disarm(state),
             deadline => {
-                // Modulo 2⁶⁴, and by sign: a deadline before the machine's start is past.
-                let host = deadline.wrapping_sub(state.tsc_offset);
-                let past = host.wrapping_sub(shared.clock.tsc()) as i64 <= 0;
-                let expiry = if past { shared.clock.now() } else { shared.clock.ns_at_tsc(host) };
+                let host = shared.clock.tsc();
+                // The processor compares unsigned: a deadline that the guest's counter has passed is due now.
+                let left = deadline.saturating_sub(host.wrapping_add(state.tsc_offset));
+                let expiry =
+                    if left == 0 { self.now() } else { shared.clock.ns_at_tsc(host.saturating_add(left)) };
                 self.arm(state, expiry);
             }
         }
@@ -437,7 +443,12 @@ impl Local {
 
     /// The level of the 8259's INTR.
     pub(super) fn intr(&self, level: bool) {
-        self.with(|state, _| state.extint = level);
+        self.with(|state, events| {
+            let before = std::mem::replace(&mut state.extint, level);
+            if level && !before {
+                state.local_interrupt(lvt::LINT0, events);
+            }
+        });
     }
 
     pub(super) fn is_destination(&self, destination: Destination) -> bool {
@@ -445,23 +456,26 @@ impl Local {
         inner.state.enabled() && inner.state.is_destination(destination)
     }
 
-    /// Task priority, by which the lowest is chosen.
-    pub(super) fn priority(&self) -> u8 {
-        self.lock().state.ppr()
+    /// Processor priority, by which the lowest is chosen. `None` where software has disabled the APIC.
+    pub(super) fn priority(&self) -> Option<u8> {
+        let inner = self.lock();
+        inner.state.software_enabled().then(|| inner.state.ppr())
     }
 
-    /// Takes a message.
-    pub(super) fn deliver(&self, mode: Mode, vector: u8, level: bool) {
-        self.with(|state, events| match mode {
-            Mode::Fixed | Mode::LowestPriority if state.software_enabled() => {
-                state.request(vector, level);
+    /// Takes a message. False if it is refused.
+    pub(super) fn deliver(&self, mode: Mode, vector: u8, level: bool) -> bool {
+        self.with(|state, events| {
+            match mode {
+                Mode::Fixed | Mode::LowestPriority => {
+                    return state.software_enabled() && state.request(vector, level);
+                }
+                Mode::Nmi => events.nmi = true,
+                Mode::Init => (events.init, events.sipi) = (true, None),
+                Mode::StartUp => events.sipi = Some(vector),
+                Mode::ExtInt => state.extint_message = true,
             }
-            Mode::Fixed | Mode::LowestPriority => {}
-            Mode::Nmi => events.nmi = true,
-            Mode::Init => (events.init, events.sipi) = (true, None),
-            Mode::StartUp => events.sipi = Some(vector),
-            Mode::ExtInt => state.extint_message = true,
-        });
+            true
+        })
     }
 
     /// Whether `vector` is requested or in service: to see in tests and by debuggers.
@@ -472,11 +486,7 @@ impl Local {
 
     /// LINT1, to which NMIs are wired.
     pub fn lint1(&self) {
-        self.with(|state, events| {
-            if state.lvt[lvt::LINT1] & (lvt::MASKED | 0x700) == 0x400 {
-                events.nmi = true;
-            }
-        });
+        self.with(|state, events| state.local_interrupt(lvt::LINT1, events));
     }
 
     /// A write to the interrupt command register sends an interprocessor interrupt. None of our locks is held meanwhile.

@@ -54,3 +54,6 @@ pub(crate) enum Destination {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod stress;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Destination, LOCAL_BASE, Mode};
+use super::{Destination, Events, LOCAL_BASE, Mode};
 
 /// Offsets of registers in the xAPIC page (SDM vol. 3A, table 10-1); an x2APIC's MSR is 0x800 + offset / 16.
 pub(super) mod at {
@@ -103,6 +103,12 @@ pub struct LocalState {
     pub extint: bool,
     /// An ExtINT came as a message.
     pub extint_message: bool,
+    /// An NMI that the processor has not seen yet.
+    pub nmi: bool,
+    /// An INIT that the processor has not seen yet.
+    pub init: bool,
+    /// A start-up IPI that the processor has not seen yet; after `init`.
+    pub sipi: Option<u8>,
 }
 
 impl LocalState {
@@ -129,6 +135,9 @@ impl LocalState {
             tsc_offset: 0,
             extint: false,
             extint_message: false,
+            nmi: false,
+            init: false,
+            sipi: None,
         };
         this.reset();
         this
@@ -190,6 +199,19 @@ impl LocalState {
         set(&mut self.irr, vector, true);
         set(&mut self.tmr, vector, level);
         true
+    }
+
+    /// An edge on one of the LINT pins; ExtINT is a level and not seen here.
+    pub(super) fn local_interrupt(&mut self, pin: usize, events: &mut Events) {
+        let entry = self.lvt[pin];
+        if !self.enabled() || entry & lvt::MASKED != 0 {
+            return;
+        }
+        match Mode::of(entry.into()) {
+            Some(Mode::Fixed) => drop(self.request(entry as u8, false)),
+            Some(Mode::Nmi) => events.nmi = true,
+            _ => {}
+        }
     }
 
     /// Notes errors, and requests the error interrupt.

@@ -211,7 +211,8 @@ fn garbage_in_every_register_is_survived() {
         match x % 7 {
             0 => local.write((x >> 40) as u16, value as u32),
             1 => drop(local.write_msr(0x800 + (x >> 40) as u32 % 256, value & 0xfff)),
-            2 => drop(local.write_msr(0x1b, 0xfee0_0000 | value & 0xf00)),
+            2 if x & 1 << 63 == 0 => drop(local.write_msr(0x1b, 0xfee0_0000 | value & 0xf00)),
+            2 => drop(local.write_msr(0x6e0, x)),
             3 => ports.write([0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1][(x >> 40) as usize % 6], 1, value & 0xff),
             4 => mmio.write(IOAPIC_BASE + [0, 0x10, 0x40][(x >> 40) as usize % 3], 4, value),
             5 => bed.irqs.line((x >> 40) as u8).pulse(),
@@ -223,4 +224,102 @@ fn garbage_in_every_register_is_survived() {
             }
         }
     }
+}
+
+#[test]
+fn a_deadline_beyond_all_time_does_not_fire() {
+    let bed = bed(1);
+    let local = bed.local(0);
+    local.write(0x320, 0x82 | 2 << 17);
+    local.set_tsc_offset(5_000_000_000);
+    for deadline in [u64::MAX, 1 << 63] {
+        local.write_msr(0x6e0, deadline);
+        bed.timers.advance(1_000_000_000);
+        assert_eq!((local.pending(), local.read_msr(0x6e0)), (0, Some(deadline)));
+    }
+    local.write_msr(0x6e0, 4_000_000_000); // long past: the offset alone is more
+    bed.timers.advance(0);
+    assert_eq!(local.acknowledge(), Some(0x82));
+}
+
+#[test]
+fn an_apic_that_software_disabled_takes_no_interrupt() {
+    let bed = bed(2);
+    let lowest = Msi { address: 0xfeef_f000, data: 0x100 | 0x51 };
+    bed.local(1).set_tpr(1);
+    bed.local(0).write(0xf0, 0xff);
+    bed.irqs.msi(lowest);
+    assert_eq!(bed.requested(0x51), [1], "0 has the lower priority, but is off");
+
+    let ioapic = bed.irqs.ioapic();
+    ioapic.write(0, 4, 0x10 + 2 * 20);
+    ioapic.write(0x10, 4, 0x8000 | 0x70); // to processor 0
+    bed.irqs.line(20).pulse();
+    assert_eq!(ioapic.read(0x10, 4) & 1 << 14, 0, "nobody took it, so none will end it");
+}
+
+#[test]
+fn lint0_gives_fixed_interrupts_too() {
+    let bed = bed(1);
+    let (ports, local, timer) = (Bus::default(), bed.local(0), bed.irqs.line(0));
+    bed.irqs.insert(&ports, &Bus::default()).unwrap();
+    for (port, icw) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 3)] {
+        ports.write(port, 1, icw);
+    }
+    local.write(0x350, 0x44);
+    timer.set(true);
+    assert_eq!(local.acknowledge(), Some(0x44));
+    local.write(0xb0, 0);
+    assert_eq!(local.pending(), 0, "INTR rose once");
+}
+
+#[test]
+fn the_second_8259_asks_again_when_it_ends_by_itself() {
+    let bed = bed(1);
+    let ports = Bus::default();
+    bed.irqs.insert(&ports, &Bus::default()).unwrap();
+    for (command, data, vectors, wiring) in [(0x20, 0x21, 0x30, 4), (0xa0, 0xa1, 0x38, 2)] {
+        ports.write(command, 1, 0x11);
+        for icw in [vectors, wiring, 3, 0] {
+            ports.write(data, 1, icw); // with automatic EOI
+        }
+    }
+    let (local, lines) = (bed.local(0), [8, 11, 13].map(|gsi| bed.irqs.line(gsi)));
+    lines.iter().for_each(|line| line.set(true));
+    assert_eq!([0; 4].map(|_| local.acknowledge()), [Some(0x38), Some(0x3b), Some(0x3d), None]);
+    lines.iter().for_each(|line| line.set(false));
+    lines.iter().for_each(|line| line.set(true));
+    ports.write(0xa0, 1, 0x0c);
+    assert_eq!(ports.read(0xa0, 1), 0x80, "a poll takes IRQ 8");
+    assert_eq!(local.acknowledge(), Some(0x3b));
+}
+
+#[test]
+fn a_saved_machine_goes_on() {
+    let (old, new) = (bed(1), bed(1));
+    let line = old.irqs.line(20);
+    for bed in [&old, &new] {
+        bed.timers.advance(1000);
+    }
+    let ioapic = old.irqs.ioapic();
+    ioapic.write(0, 4, 0x10 + 2 * 20);
+    ioapic.write(0x10, 4, 0x8000 | 0x70);
+    line.set(true);
+    let local = old.local(0);
+    assert_eq!(local.acknowledge(), Some(0x70));
+    local.write(0x320, 0x90);
+    local.write(0x380, 500);
+    local.write(0x300, 1 << 18 | 0x400); // an NMI to itself
+
+    let again = new.irqs.line(20);
+    new.irqs.set_state(&old.irqs.state());
+    new.local(0).set_state(&local.state());
+    again.set(true);
+    let local = new.local(0);
+    assert_eq!(local.take_events(), Events { nmi: true, ..Events::default() });
+    new.timers.advance(1000);
+    assert_eq!(local.acknowledge(), Some(0x90));
+    local.write(0xb0, 0);
+    local.write(0xb0, 0);
+    assert_eq!(local.acknowledge(), Some(0x70), "the device holds its line still");
 }
