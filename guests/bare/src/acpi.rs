@@ -37,6 +37,21 @@ fn root() -> Option<u64> {
     (0xe_0000..0x10_0000).step_by(16).find(|&a| is_root(a))
 }
 
+/// Whether the command line holds these bytes (PVH or multiboot).
+pub fn command_line_has(word: &[u8]) -> bool {
+    let (magic, info) = boot_registers();
+    let info = u64::from(info);
+    let line: u64 = if peek::<u32>(info) == PVH_MAGIC {
+        peek(info + 24)
+    } else if magic == MULTIBOOT_MAGIC && peek::<u32>(info) & 4 != 0 {
+        peek::<u32>(info + 16).into()
+    } else {
+        0
+    };
+    let len = (0..1024).find(|i| peek::<u8>(line + i) == 0).unwrap_or(1024);
+    (0..len).any(|at| word.iter().enumerate().all(|(i, b)| peek::<u8>(line + at + i as u64) == *b))
+}
+
 fn is_root(address: u64) -> bool {
     peek::<u64>(address) == u64::from_le_bytes(*b"RSD PTR ")
 }

@@ -2,6 +2,8 @@
 
 use core::arch::{asm, x86_64::__cpuid_count};
 
+use crate::acpi;
+
 macro_rules! port {
     ($read:ident, $write:ident, $type:ty, $in:literal, $out:literal, $reg:tt) => {
         /// Reads an I/O port.
@@ -122,31 +124,22 @@ pub fn is_intel() -> bool {
     cpuid(0, 0)[1] == u32::from_le_bytes(*b"Genu")
 }
 
+/// Whether CMPXCHG16B exists.
+pub fn has_cx16() -> bool {
+    has(1, 2, 13)
+}
+
 /// Number of physical address bits.
 pub fn physical_bits() -> u32 {
     if cpuid(0x8000_0000, 0)[0] >= 0x8000_0008 { cpuid(0x8000_0008, 0)[0] & 0xff } else { 36 }
 }
 
-/// Who runs the guest.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Hypervisor {
-    /// QEMU's own translator.
-    Tcg,
-    /// Anything else, or nothing.
-    Other,
-}
-
-/// Asks CPUID leaf 0x4000_0000.
-pub fn hypervisor() -> Hypervisor {
-    if !has(1, 2, 31) {
-        return Hypervisor::Other;
-    }
-    let [_, b, c, d] = cpuid(0x4000_0000, 0);
-    if [b, c, d] == [b"TCGT", b"CGTC", b"GTCG"].map(|s| u32::from_le_bytes(*s)) {
-        Hypervisor::Tcg
-    } else {
-        Hypervisor::Other
-    }
+/// Whether QEMU's translator runs the guest, as CPUID leaf 0x4000_0000 says; or it runs the hypervisor below, which
+/// the word `on-tcg` on the command line has to say.
+pub fn on_tcg() -> bool {
+    let [_, b, c, d] = if has(1, 2, 31) { cpuid(0x4000_0000, 0) } else { [0; 4] };
+    [b, c, d] == [b"TCGT", b"CGTC", b"GTCG"].map(|s| u32::from_le_bytes(*s))
+        || acpi::command_line_has(b"on-tcg")
 }
 
 /// Reads the time-stamp counter, after all earlier instructions.

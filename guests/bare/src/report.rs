@@ -2,16 +2,13 @@
 
 use core::fmt::Debug;
 
-use crate::{
-    cpu::{self, Hypervisor},
-    println, runtime,
-    trap::Trap,
-};
+use crate::{cpu, println, runtime, trap::Trap};
 
 /// Counts checks. Print order is run order; the last line is `N passed, M failed`.
 pub struct Report {
     passed: u32,
     failed: u32,
+    on_tcg: bool,
     deviation: Option<&'static str>,
 }
 
@@ -19,18 +16,18 @@ impl Report {
     /// Begins; prints the guest's name.
     pub fn new(name: &str) -> Self {
         println!("guest {name}");
-        Report { passed: 0, failed: 0, deviation: None }
+        Report { passed: 0, failed: 0, on_tcg: cpu::on_tcg(), deviation: None }
     }
 
     /// The next check is known to fail under QEMU's translator, for this reason: it is reported there, not counted.
     pub fn tcg(&mut self, why: &'static str) -> &mut Self {
-        self.deviation = (cpu::hypervisor() == Hypervisor::Tcg).then_some(why);
+        self.deviation = (self.on_tcg).then_some(why);
         self
     }
 
     /// True, and reported, when a check would end the guest under QEMU's translator, for this reason.
     pub fn avoided_on_tcg(&mut self, name: &str, why: &str) -> bool {
-        let avoid = cpu::hypervisor() == Hypervisor::Tcg;
+        let avoid = self.on_tcg;
         if avoid {
             println!("deviates {name}: not tried ({why})");
         }
