@@ -12,7 +12,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -34,6 +34,15 @@ pub struct Stored {
     pub size: u64,
     /// Its SHA-256, in hexadecimal.
     pub sha256: String,
+}
+
+/// The record of a file that was made from another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// The SHA-256 of the other.
+    pub from: String,
+    /// The file.
+    pub stored: Stored,
 }
 
 /// A directory of fetched things.
@@ -149,22 +158,86 @@ impl Cache {
         attempt().map_err(Error::cache(path))
     }
 
-    /// Removes files that are old and in no record: of earlier versions, or of processes that were killed. What cannot
-    /// be removed stays.
+    /// Removes what is old and of no use: files in no record, of earlier versions or of processes that were killed, and
+    /// records of what was made from a file that no package has any more. What cannot be removed stays.
     fn sweep(&self, _lock: &Lock) {
         let list = |dir: &str| fs::read_dir(self.dir.join(dir)).into_iter().flatten().flatten();
-        let records: Vec<String> =
-            list("records").filter_map(|entry| fs::read_to_string(entry.path()).ok()).collect();
-        for entry in ["partial", "files", "records"].into_iter().flat_map(list) {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let modified =
-                entry.metadata().and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-            let old = modified.elapsed().is_ok_and(|age| age > KEEP_UNUSED);
-            let used = name.ends_with(".json")
-                || records.iter().any(|record| record.contains(&format!("\"{name}\"")));
-            if old && !used {
+        let old = |entry: &fs::DirEntry| {
+            let modified = entry.metadata().and_then(|data| data.modified());
+            modified.is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age > KEEP_UNUSED))
+        };
+        let mut records: Vec<(fs::DirEntry, String)> = Vec::new();
+        for entry in list("records") {
+            match fs::read_to_string(entry.path()) {
+                Ok(text) if !entry.file_name().to_string_lossy().starts_with('.') => {
+                    records.push((entry, text))
+                }
+                _ if old(&entry) => drop(fs::remove_file(entry.path())),
+                _ => {}
+            }
+        }
+        let origin = |text: &str| Some(serde_json::from_str::<Made>(text).ok()?.from);
+        let packages: Vec<String> =
+            records.iter().map(|(_, text)| text.clone()).filter(|text| origin(text).is_none()).collect();
+        records.retain(|(entry, text)| {
+            let orphan = origin(text).is_some_and(|from| !packages.iter().any(|text| text.contains(&from)));
+            !(orphan && old(entry) && fs::remove_file(entry.path()).is_ok())
+        });
+        for entry in ["partial", "files"].into_iter().flat_map(list) {
+            let name = format!("\"{}\"", entry.file_name().to_string_lossy());
+            if old(&entry) && !records.iter().any(|(_, text)| text.contains(&name)) {
                 let _ = fs::remove_file(entry.path());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::SystemTime;
+
+    use crate::progress::Silent;
+
+    /// Makes everything in the cache look as if it had been there for long.
+    fn age(cache: &Cache) {
+        let long_ago = SystemTime::now() - 2 * KEEP_UNUSED;
+        for dir in ["partial", "files", "records"] {
+            for entry in fs::read_dir(cache.dir.join(dir)).unwrap() {
+                File::options()
+                    .write(true)
+                    .open(entry.unwrap().path())
+                    .unwrap()
+                    .set_modified(long_ago)
+                    .unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn what_nobody_needs_goes_after_a_while_and_the_rest_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(Some(dir.path())).unwrap();
+        let lock = cache.lock(&mut Silent).unwrap();
+        let kernel = cache.store("vmlinuz", b"one", &lock).unwrap();
+        cache.set_record("package", &kernel, &lock).unwrap();
+        let stored = cache.store("vmlinux", b"one, unpacked", &lock).unwrap();
+        cache
+            .set_record("made", &Made { from: kernel.sha256.clone(), stored: stored.clone() }, &lock)
+            .unwrap();
+        fs::write(cache.partial("0123", &lock), b"half").unwrap();
+        fs::write(dir.path().join("files/.new-x"), b"half").unwrap();
+        // All of it is new: a process that was killed may have a successor that goes on.
+        cache.sweep(&lock);
+        assert!(cache.partial("0123", &lock).exists());
+        age(&cache);
+        cache.sweep(&lock);
+        assert!(!cache.partial("0123", &lock).exists() && !dir.path().join("files/.new-x").exists());
+        assert!(cache.path(&kernel).is_some() && cache.path(&stored).is_some());
+        // A new kernel takes the old one's place, and what was made of that goes too.
+        let newer = cache.store("vmlinuz", b"two", &lock).unwrap();
+        cache.set_record("package", &newer, &lock).unwrap();
+        assert!(cache.path(&kernel).is_none() && cache.path(&stored).is_none());
+        assert!(cache.path(&newer).is_some() && cache.record::<Made>("made").is_none());
     }
 }

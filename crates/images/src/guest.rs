@@ -76,14 +76,15 @@ pub fn unpacked_kernel(
     let mut source = Source::new(options)?;
     let failed = |source: UnpackError| Error::Kernel { path: image.to_owned(), source };
     let bytes = std::fs::read(image).map_err(|source| Error::File { path: image.to_owned(), source })?;
-    let key = format!("vmlinux-{}", &sha256(&bytes)[..12]);
+    let from = sha256(&bytes);
+    let key = format!("vmlinux-{}", &from[..12]);
     if let Some(path) = source.stored(&key) {
         return Ok(path);
     }
     progress.begin("unpacking the kernel", None);
     let unpacked = kernel::unpack(&bytes);
     progress.finish();
-    source.store(&key, "vmlinux", &unpacked.map_err(failed)?, progress)
+    source.store(&key, &from, "vmlinux", &unpacked.map_err(failed)?, progress)
 }
 
 /// The initial RAM disk of the default guest, around a statically linked busybox. More can be added to it.
@@ -121,5 +122,5 @@ fn stored_initramfs(
         return Ok(path);
     }
     let program = std::fs::read(&busybox.stored).map_err(Error::cache(&busybox.stored))?;
-    source.store(&key, "initramfs.cpio", &initramfs(&program).finish(), progress)
+    source.store(&key, &busybox.sha256, "initramfs.cpio", &initramfs(&program).finish(), progress)
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Options;
 use crate::archive::Archives;
-use crate::cache::{Cache, Lock, Stored};
+use crate::cache::{Cache, Lock, Made, Stored};
 use crate::deb::{Choice, Deb};
 use crate::error::Error;
 use crate::fetch::sha256;
@@ -145,22 +145,23 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// The file that was stored with this key, if it is sound.
+    /// The file that was made and stored with this key, if it is sound.
     pub(crate) fn stored(&self, key: &str) -> Option<PathBuf> {
-        self.cache.path(&self.cache.record::<Stored>(key)?)
+        self.cache.path(&self.cache.record::<Made>(key)?.stored)
     }
 
-    /// Stores a file that we made, and gives its path.
+    /// Stores a file that we made from one with the SHA-256 `from`, and gives its path.
     pub(crate) fn store(
         &mut self,
         key: &str,
+        from: &str,
         name: &str,
         bytes: &[u8],
         progress: &mut dyn Progress,
     ) -> Result<PathBuf, Error> {
         let lock = &self.lock(progress)?;
         let stored = self.cache.store(name, bytes, lock)?;
-        self.cache.set_record(key, &stored, lock)?;
+        self.cache.set_record(key, &Made { from: from.to_owned(), stored }, lock)?;
         self.stored(key).ok_or_else(|| lost(key))
     }
 
