@@ -289,8 +289,10 @@ fn the_second_8259_asks_again_when_it_ends_by_itself() {
     assert_eq!([0; 4].map(|_| local.acknowledge()), [Some(0x38), Some(0x3b), Some(0x3d), None]);
     lines.iter().for_each(|line| line.set(false));
     lines.iter().for_each(|line| line.set(true));
-    ports.write(0xa0, 1, 0x0c);
-    assert_eq!(ports.read(0xa0, 1), 0x80, "a poll takes IRQ 8");
+    for (port, taken) in [(0x20, 0x82), (0xa0, 0x80)] {
+        ports.write(port, 1, 0x0c);
+        assert_eq!(ports.read(port, 1), taken, "polls take IRQ 8");
+    }
     assert_eq!(local.acknowledge(), Some(0x3b));
 }
 
