@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use std::time::SystemTime;
 
-use devices::{At, debug, pit, pm, reset, rtc, serial};
+use devices::{At, debug, fw_cfg, hpet, pci, pit, pm, reset, rtc, serial};
 use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
 use machine::irqs::Irqs;
@@ -26,8 +26,8 @@ pub struct Assembly {
     pub vcpus: Vec<Box<dyn Vcpu>>,
     pub engine: &'static str,
     pub machine: Arc<Machine>,
-    /// Held for the machine's life: devices raise interrupts through it.
-    pub _irqs: Arc<Irqs>,
+    /// Held for the machine's life: the buses know the host bridge, and it the machine, only weakly.
+    pub _pci: Arc<pci::Host>,
 }
 
 /// Puts a machine together.
@@ -58,7 +58,7 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
         Choice::Kvm => with_kvm(config, &machine, &processor)?,
         _ => with_interpreter(config, &machine, processor)?,
     };
-    plug(config, &machine, &irqs, console)?;
+    let pci = plug(config, &machine, &irqs, console)?;
     let state = load(config, &machine.memory)?;
     for (index, vcpu) in vcpus.iter_mut().enumerate() {
         let mut state = if index == 0 { state.clone() } else { State::reset(false, 0) };
@@ -67,7 +67,7 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
         state.msrs.tsc_offset = own.msrs.tsc_offset;
         vcpu.set_state(&state)?;
     }
-    Ok(Assembly { vcpus, engine, machine, _irqs: irqs })
+    Ok(Assembly { vcpus, engine, machine, _pci: pci })
 }
 
 fn check(config: &Config) -> Result<(), Error> {
@@ -132,33 +132,84 @@ fn insert(bus: &Bus, at: At, what: &'static str, registers: Arc<dyn Registers>) 
 }
 
 /// All devices, on the buses.
-fn plug(config: &Config, machine: &Machine, irqs: &Arc<Irqs>, console: &Arc<Console>) -> Result<(), Error> {
-    let Machine { ports, mmio, clock, timers, power, .. } = machine;
+fn plug(
+    config: &Config,
+    machine: &Arc<Machine>,
+    irqs: &Arc<Irqs>,
+    console: &Arc<Console>,
+) -> Result<Arc<pci::Host>, Error> {
+    let Machine { ports, mmio, clock, timers, power, .. } = &**machine;
     irqs.insert(ports, mmio)?;
 
     let com1 = serial::Serial::new(irqs.line(4), console.writer());
     insert(ports, serial::COM1, "COM1", com1.clone())?;
 
-    let pm_block = pm::Pm::new(irqs.line(pm::SCI), power.clone(), clock.clone(), timers);
-    insert(ports, pm::SMI, "SMI command", pm_block.smi())?;
-    insert(ports, pm::PM, "ACPI PM", pm_block.clone())?;
-    console.attach(&com1, &pm_block);
+    // In legacy replacement mode the HPET takes the lines of the 8254 and the RTC.
+    let (lines, messages) = (irqs.clone(), irqs.clone());
+    let hpet =
+        hpet::Hpet::new(move |gsi| lines.line(gsi), move |msi| messages.msi(msi), clock.clone(), timers);
+    insert(mmio, hpet::HPET, "HPET", hpet.clone())?;
+    let pit = pit::Pit::new(hpet.gate(irqs.line(0)), clock.clone(), timers);
+    insert(ports, pit::PIT, "8254", pit.clone())?;
+    insert(ports, pit::CONTROL_B, "port 61", pit.control_b())?;
+    let rtc_line = hpet.gate(irqs.line(8));
+    let rtc = rtc::Rtc::new(rtc_line, clock.clone(), timers, SystemTime::now(), config.memory);
+    insert(ports, rtc::RTC, "RTC", rtc)?;
 
-    insert(ports, reset::CONTROL, "reset control", reset::Control::new(power.clone()))?;
+    let pm = pm::Pm::new(irqs.line(pm::SCI), power.clone(), clock.clone(), timers);
+    insert(ports, pm::SMI, "SMI command", pm.smi())?;
+    console.attach(&com1, &pm);
+
     insert(ports, reset::FAST_A20, "port 92", reset::FastA20::new(power.clone()))?;
     let i8042 = reset::I8042::new(irqs.line(1), irqs.line(12), power.clone());
     insert(ports, reset::I8042_DATA, "8042", i8042.data())?;
     insert(ports, reset::I8042_COMMAND, "8042", i8042.command())?;
 
-    let timer = pit::Pit::new(irqs.line(0), clock.clone(), timers);
-    insert(ports, pit::PIT, "8254", timer.clone())?;
-    insert(ports, pit::CONTROL_B, "port 61", timer.control_b())?;
-    let cmos = rtc::Rtc::new(irqs.line(8), clock.clone(), timers, SystemTime::now(), config.memory);
-    insert(ports, rtc::RTC, "RTC", cmos)?;
-
     insert(ports, debug::POST, "POST code", debug::Post::new())?;
     if config.debug_exit {
         insert(ports, debug::EXIT, "debug exit", debug::DebugExit::new(power.clone()))?;
     }
-    Ok(())
+
+    let fw_cfg = fw_cfg::FwCfg::new(machine.memory.clone());
+    fw_cfg.set(fw_cfg::key::RAM_SIZE, &config.memory.to_le_bytes());
+    for key in [fw_cfg::key::NB_CPUS, fw_cfg::key::MAX_CPUS] {
+        fw_cfg.set(key, &(config.cpus as u16).to_le_bytes());
+    }
+    insert(ports, fw_cfg::FW_CFG, "fw_cfg", fw_cfg)?;
+
+    let weak = Arc::downgrade(machine);
+    let lines = irqs.clone();
+    let lpc = pci::Lpc::new(weak.clone(), pm, move |gsi| lines.line(gsi));
+    let (pirqs, messages) = (lpc.clone(), irqs.clone());
+    let host = pci::Host::new(
+        weak,
+        pci::Windows::default(),
+        move |pin| pirqs.line(pin),
+        move |msi| messages.msi(msi),
+        reset::Control::new(power.clone()),
+    );
+    host.insert(ports)?;
+    host.plug(Some(pci::LPC), lpc)?;
+    if matches!(config.boot, Boot::Kernel { .. }) {
+        // Without firmware nobody else gives devices their addresses.
+        host.assign()?;
+    }
+    Ok(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the ACPI tables tell of INTx must be how the chipset is wired.
+    #[test]
+    fn interrupt_routing_is_described_as_it_is() {
+        for slot in 0..32 {
+            for pin in 0..4 {
+                let address = pci::Address::new(slot, 0).unwrap();
+                let wired = u32::from(pci::PIRQ_GSI + address.pirq(pin));
+                assert_eq!(wired, boot::acpi::intx_gsi(slot.into(), pin.into()), "slot {slot}, pin {pin}");
+            }
+        }
+    }
 }
