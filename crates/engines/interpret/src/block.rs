@@ -1,0 +1,292 @@
+//! Decoded blocks, cached by where their code lies in guest memory.
+
+use std::collections::HashMap;
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl};
+use x86::Exception;
+use x86::cpuid::Vendor;
+
+use crate::core::Core;
+use crate::decode::compile;
+use crate::op::{Op, Result};
+
+/// Instructions in a block at most.
+const LENGTH: usize = 32;
+/// Blocks, and ops in them, at most: then the cache is emptied.
+const BLOCKS: usize = 1 << 16;
+const OPS: usize = 1 << 19;
+/// Bytes of the longest instruction.
+const LONGEST: usize = 15;
+const PAGE: u64 = 0x1000;
+
+/// A block's number in the cache.
+pub type Id = u32;
+
+/// Where a block went last, so that the way there need not be looked up again.
+#[derive(Clone, Copy, Default)]
+struct Link {
+    rip: u64,
+    context: u64,
+    to: Id,
+}
+
+/// A run of decoded instructions, in one page but for the last instruction of one that is alone.
+pub struct Block {
+    /// Its instructions.
+    pub ops: Box<[Op]>,
+    /// Bytes.
+    pub len: u64,
+    /// Offset of its first byte in guest memory.
+    offset: u64,
+    generation: u32,
+    /// Offset and generation of the page that an instruction reaches into.
+    second: Option<(u64, u32)>,
+    bits: u8,
+    links: [Link; 2],
+    turn: bool,
+}
+
+/// All blocks of a vCPU.
+#[derive(Default)]
+pub struct Cache {
+    blocks: Vec<Block>,
+    index: HashMap<u64, Id, Hashing>,
+    ops: usize,
+    /// A block whose code does not lie in memory, or that is to be looked at only once.
+    single: Option<Block>,
+}
+
+type Hashing = std::hash::BuildHasherDefault<Mix>;
+
+/// Multiplies, as good as needed for offsets that the guest chooses only by where its code is; growth is bounded.
+#[derive(Default)]
+pub struct Mix(u64);
+
+impl std::hash::Hasher for Mix {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(b.into());
+        }
+    }
+    fn write_u64(&mut self, n: u64) {
+        let m = (self.0 ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = m ^ m >> 32;
+    }
+}
+
+/// The block that is not in the cache.
+pub const SINGLE: Id = Id::MAX;
+
+impl Cache {
+    /// The block of a number that [`Cache::find`] or [`Cache::follow`] just gave.
+    #[inline]
+    pub fn get(&self, id: Id) -> Option<&Block> {
+        if id == SINGLE { self.single.as_ref() } else { self.blocks.get(id as usize) }
+    }
+
+    /// The block that followed `from` when it last ended at this RIP, if that is still right.
+    #[inline]
+    pub fn follow(&self, from: Id, core: &Core) -> Option<Id> {
+        let block = self.blocks.get(from as usize)?;
+        let fits = |l: &Link| l.rip == core.rip && l.context == core.context;
+        let link = block.links.iter().find(|l| fits(l))?;
+        let next = self.blocks.get(link.to as usize)?;
+        let fresh = next.second.is_none() && core.memory.code().generation(next.offset) == next.generation;
+        fresh.then_some(link.to)
+    }
+
+    /// Remembers that `to` followed `from`.
+    pub fn link(&mut self, from: Id, to: Id, core: &Core) {
+        if to == SINGLE {
+            return;
+        }
+        if let Some(block) = self.blocks.get_mut(from as usize) {
+            block.turn = !block.turn;
+            block.links[usize::from(block.turn)] = Link { rip: core.rip, context: core.context, to };
+        }
+    }
+
+    /// The block at RIP, decoded now if need be.
+    ///
+    /// # Errors
+    /// The fetch faults.
+    pub fn find(&mut self, core: &mut Core) -> Result<Id> {
+        let linear = core.code_linear(core.rip);
+        let Some(offset) = core.fetch(linear)? else {
+            return self.device_block(core, linear);
+        };
+        let key = offset << 2 | u64::from(core.bits >> 5);
+        let mut replace = None;
+        if let Some(&id) = self.index.get(&key)
+            && let Some(block) = self.blocks.get(id as usize)
+        {
+            let code = core.memory.code();
+            let fresh = code.generation(block.offset) == block.generation;
+            let second_fresh = match block.second {
+                None => true,
+                Some((at, generation)) => {
+                    let next_page = (linear & !(PAGE - 1)).wrapping_add(PAGE);
+                    core.fetch(next_page)? == Some(at) && core.memory.code().generation(at) == generation
+                }
+            };
+            if fresh && second_fresh && block.bits == core.bits {
+                return Ok(id);
+            }
+            replace = Some(id);
+        }
+        let block = decode(core, offset, linear)?;
+        core.count.decoded += 1;
+        self.ops += block.ops.len();
+        if let Some(id) = replace
+            && let Some(slot) = self.blocks.get_mut(id as usize)
+        {
+            self.ops -= slot.ops.len();
+            *slot = block;
+            return Ok(id);
+        }
+        if self.blocks.len() >= BLOCKS || self.ops > OPS {
+            self.clear(core);
+            self.ops = block.ops.len();
+        }
+        let id = self.blocks.len() as Id;
+        self.blocks.push(block);
+        self.index.insert(key, id);
+        Ok(id)
+    }
+
+    /// Forgets all blocks.
+    pub fn clear(&mut self, core: &mut Core) {
+        core.count.flushes += 1;
+        self.blocks.clear();
+        self.index.clear();
+        self.ops = 0;
+    }
+
+    /// Code in a device's registers: one instruction at a time, never kept.
+    fn device_block(&mut self, core: &mut Core, linear: u64) -> Result<Id> {
+        let mut bytes = [0; LONGEST];
+        for (i, b) in bytes.iter_mut().enumerate() {
+            let gpa = core.peek(linear.wrapping_add(i as u64)).unwrap_or(u64::MAX);
+            *b = core.machine.mmio.read(gpa, 1) as u8;
+        }
+        let mut ops = Vec::with_capacity(1);
+        one(core, &bytes, 0, &mut ops)?;
+        let len = ops.first().map_or(1, |op: &Op| op.len.into());
+        self.single = Some(block(core, ops, len, 0, 0, None));
+        Ok(SINGLE)
+    }
+}
+
+fn block(core: &Core, ops: Vec<Op>, len: u64, offset: u64, generation: u32, second: Option<(u64, u32)>) -> Block {
+    Block {
+        ops: ops.into(),
+        len,
+        offset,
+        generation,
+        second,
+        bits: core.bits,
+        links: [Link::default(); 2],
+        turn: false,
+    }
+}
+
+fn options(core: &Core) -> u32 {
+    if core.cpuid.vendor() == Vendor::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE }
+}
+
+/// Decodes one instruction from bytes that are all there are.
+fn one(core: &mut Core, bytes: &[u8], at: u64, ops: &mut Vec<Op>) -> Result<bool> {
+    let mut decoder = Decoder::with_ip(core.bits.into(), bytes, at, options(core));
+    let i = decoder.decode();
+    if i.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() >= LONGEST {
+        // Longer than 15 bytes.
+        return core.raise(Exception::GP0);
+    }
+    let mut op = compile(&i, core.bits, &core.cpuid);
+    if op.len == 0 {
+        op.len = 1;
+    }
+    ops.push(op);
+    Ok(ends(&i))
+}
+
+/// Whether the block ends with this instruction. It goes on after a conditional branch, which may not be taken.
+fn ends(i: &iced_x86::Instruction) -> bool {
+    !matches!(i.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch)
+}
+
+fn decode(core: &mut Core, offset: u64, linear: u64) -> Result<Block> {
+    let memory = core.memory.clone();
+    let code = memory.code();
+    // Generation first, then the marks, then the bytes: see `memory::code`.
+    let generation = code.generation(offset);
+    let room = PAGE - (offset & (PAGE - 1));
+    let window = room.min((LENGTH * LONGEST) as u64);
+    code.mark(offset, window.min(64));
+    let mut marked = window.min(64);
+    let mut bytes = [0; LENGTH * LONGEST];
+    memory.read(offset, &mut bytes[..marked as usize]);
+    let mut ops: Vec<Op> = Vec::with_capacity(8);
+    let mut at = 0u64;
+    while ops.len() < LENGTH && at < room {
+        // Lines are marked as decoding reaches them.
+        if marked < window && at + LONGEST as u64 > marked {
+            let more = (marked + 64).min(window);
+            code.mark(offset + marked, more - marked);
+            memory.read(offset + marked, &mut bytes[marked as usize..more as usize]);
+            marked = more;
+        }
+        let end = (at + LONGEST as u64).min(marked);
+        let piece = &bytes[at as usize..end as usize];
+        let mut decoder = Decoder::with_ip(core.bits.into(), piece, at, options(core));
+        let i = decoder.decode();
+        if i.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes && piece.len() < LONGEST {
+            if ops.is_empty() {
+                return crossing(core, offset, linear, generation, piece);
+            }
+            break;
+        }
+        if i.is_invalid() && !ops.is_empty() {
+            // Perhaps never reached: it becomes a block of its own when it is.
+            break;
+        }
+        let stop = one(core, piece, at, &mut ops)?;
+        let len = ops.last().map_or(1, |op| u64::from(op.len));
+        if i.is_invalid() {
+            at += len;
+            break;
+        }
+        at += len;
+        if stop {
+            break;
+        }
+    }
+    Ok(block(core, ops, at, offset, generation, None))
+}
+
+/// An instruction that reaches into the next page, in a block of its own.
+fn crossing(core: &mut Core, offset: u64, linear: u64, generation: u32, first: &[u8]) -> Result<Block> {
+    let next_page = (linear & !(PAGE - 1)).wrapping_add(PAGE);
+    let mut bytes = [0; LONGEST];
+    let have = first.len();
+    bytes[..have].copy_from_slice(first);
+    let mut second = None;
+    match core.fetch(next_page)? {
+        Some(at) => {
+            let memory = core.memory.clone();
+            second = Some((at, memory.code().generation(at)));
+            memory.code().mark(at, LONGEST as u64);
+            memory.read(at, &mut bytes[have..]);
+        }
+        None => bytes[have..].fill(0xff),
+    }
+    let mut ops = Vec::with_capacity(1);
+    one(core, &bytes, 0, &mut ops)?;
+    let len = ops.first().map_or(1, |op| u64::from(op.len));
+    // An instruction whose second page is a device is decoded anew each time: its generation never fits.
+    let second = second.or(Some((u64::MAX, 0)));
+    Ok(block(core, ops, len, offset, generation, second))
+}
