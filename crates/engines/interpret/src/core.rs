@@ -18,11 +18,9 @@ use crate::tlb::Tlb;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
     pub instructions: u64,
-    pub blocks: u64,
     pub decoded: u64,
     pub flushes: u64,
     pub tlb_misses: u64,
-    pub tlb_flushes: u64,
     pub mmio: u64,
     pub ports: u64,
     pub interrupts: u64,
@@ -99,7 +97,6 @@ pub struct Core {
     pub machine: Arc<Machine>,
     pub local: Arc<apic::Local>,
     pub cpuid: Arc<Cpuid>,
-    pub index: u32,
     pub count: Counters,
     /// The debugger's watchpoint that was hit.
     pub watch_hit: Option<u64>,
@@ -327,7 +324,6 @@ impl Core {
             machine,
             local,
             cpuid,
-            index: number,
             count: Counters::default(),
             watch_hit: None,
             debug: machine::cpu::Debug::default(),

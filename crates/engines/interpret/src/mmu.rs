@@ -11,7 +11,7 @@ use x86::segment::{attr, index};
 use x86::{Exception, flags};
 
 use crate::core::Core;
-use crate::op::{Fault, Flow, Op, Result, slot};
+use crate::op::{Flow, Op, Result, slot};
 use crate::tlb::Tlb;
 use crate::word::Word;
 
