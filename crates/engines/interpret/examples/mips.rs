@@ -17,35 +17,31 @@ const CODE: u64 = 0x10_0000;
 /// A loop mix: a CRC by table, sorting steps, calls, string bytes; RBX is data, RSP a stack.
 #[rustfmt::skip]
 const LOOP: &[u8] = &[
-    // again:
-    0x48, 0xc7, 0xc1, 0x00, 0x04, 0x00, 0x00,   // mov rcx, 0x400
-    0x31, 0xc0,                                 // xor eax, eax
-    0x48, 0x89, 0xde,                           // mov rsi, rbx
-    // inner:
-    0x0f, 0xb6, 0x16,                           // movzx edx, byte [rsi]
-    0x31, 0xc2,                                 // xor edx, eax
-    0x0f, 0xb6, 0xd2,                           // movzx edx, dl
-    0xc1, 0xe8, 0x08,                           // shr eax, 8
-    0x33, 0x84, 0x93, 0x00, 0x10, 0x00, 0x00,   // xor eax, [rbx+rdx*4+0x1000]
-    0x48, 0x8d, 0x7e, 0x01,                     // lea rdi, [rsi+1]
-    0x88, 0x07,                                 // mov [rdi], al
-    0x48, 0x01, 0xf0,                           // add rax, rsi
-    0xa8, 0x01,                                 // test al, 1
-    0x74, 0x05,                                 // jz skip
-    0xe8, 0x0d, 0x00, 0x00, 0x00,               // call f
-    // skip:
-    0x48, 0xff, 0xc6,                           // inc rsi
-    0x48, 0xff, 0xc9,                           // dec rcx
-    0x75, 0xd3,                                 // jnz inner
-    0xe9, 0xc2, 0xff, 0xff, 0xff,               // jmp again
-    // f:
-    0x55,                                       // push rbp
-    0x48, 0x89, 0xe5,                           // mov rbp, rsp
-    0x48, 0x0f, 0xaf, 0xd0,                     // imul rdx, rax
-    0x48, 0x39, 0xc2,                           // cmp rdx, rax
-    0x48, 0x0f, 0x42, 0xc2,                     // cmovb rax, rdx
-    0x5d,                                       // pop rbp
-    0xc3,                                       // ret
+    0xb9, 0x00, 0x04, 0x00, 0x00,                 // mov ecx,0x400
+    0x31, 0xc0,                                   // xor eax,eax
+    0x48, 0x89, 0xde,                             // mov rsi,rbx
+    0x0f, 0xb6, 0x16,                             // movzx edx,BYTE PTR [rsi]
+    0x31, 0xc2,                                   // xor edx,eax
+    0x0f, 0xb6, 0xd2,                             // movzx edx,dl
+    0xc1, 0xe8, 0x08,                             // shr eax,0x8
+    0x33, 0x84, 0x93, 0x00, 0x10, 0x00, 0x00,     // xor eax,DWORD PTR [rbx+rdx*4+0x1000]
+    0x48, 0x8d, 0x7e, 0x01,                       // lea rdi,[rsi+0x1]
+    0x88, 0x07,                                   // mov BYTE PTR [rdi],al
+    0x48, 0x01, 0xf0,                             // add rax,rsi
+    0xa8, 0x01,                                   // test al,0x1
+    0x74, 0x05,                                   // je 0x2e
+    0xe8, 0x0a, 0x00, 0x00, 0x00,                 // call 0x38
+    0x48, 0xff, 0xc6,                             // inc rsi
+    0x48, 0xff, 0xc9,                             // dec rcx
+    0x75, 0xd4,                                   // jne 0xa
+    0xeb, 0xc8,                                   // jmp 0x0
+    0x55,                                         // push rbp
+    0x48, 0x89, 0xe5,                             // mov rbp,rsp
+    0x48, 0x0f, 0xaf, 0xd0,                       // imul rdx,rax
+    0x48, 0x39, 0xc2,                             // cmp rdx,rax
+    0x48, 0x0f, 0x42, 0xc2,                       // cmovb rax,rdx
+    0x5d,                                         // pop rbp
+    0xc3,                                         // ret
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
