@@ -140,16 +140,12 @@ fn attempt(p: &Paging, tables: &mut impl Tables, linear: u64, access: Access) ->
     };
     let user_page = leaf.rights & entry::U != 0;
     let write_right = leaf.rights & entry::W != 0;
-    let may_write =
-        if access.user { write_right && user_page } else { write_right || p.cr0 & cr0::WP == 0 };
+    let may_write = if access.user { write_right && user_page } else { write_right || p.cr0 & cr0::WP == 0 };
     let nx = leaf.rights & entry::NX != 0;
     let smep = !access.user && user_page && p.cr4 & cr4::SMEP != 0;
-    let smap =
-        !access.user && user_page && !access.fetch && p.cr4 & cr4::SMAP != 0 && !access.smap_off;
-    let denied = (access.user && !user_page)
-        || (access.write && !may_write)
-        || (access.fetch && (nx || smep))
-        || smap;
+    let smap = !access.user && user_page && !access.fetch && p.cr4 & cr4::SMAP != 0 && !access.smap_off;
+    let denied =
+        (access.user && !user_page) || (access.write && !may_write) || (access.fetch && (nx || smep)) || smap;
     if denied {
         return Some(Err(code(p, access, pf::P)));
     }

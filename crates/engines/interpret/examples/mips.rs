@@ -58,8 +58,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         timers,
         power: Power::default(),
     });
-    let config =
-        Config { model: Model::V3, vendor: Vendor::Amd, available: IMPLEMENTED, vcpus: 1, tsc_khz: 1_000_000, host: None };
+    let config = Config {
+        model: Model::V3,
+        vendor: Vendor::Amd,
+        available: IMPLEMENTED,
+        vcpus: 1,
+        tsc_khz: 1_000_000,
+        host: None,
+    };
     let cpuid = Arc::new(Cpuid::new(&config).map_err(|missing| format!("{missing:?}"))?);
     // 2 MiB pages one to one: a table of each level.
     for (at, entry) in [(0x1000, 0x2003u64), (0x2000, 0x3003)] {
@@ -81,7 +87,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let seconds = start.elapsed().as_secs_f64();
     let stats = cpu.stats();
     let millions = stats.instructions.unwrap_or(0) as f64 / 1e6;
-    println!("{exit:?} at {:#x}: {:.0} million instructions per second", cpu.state()?.rip, millions / seconds);
+    println!(
+        "{exit:?} at {:#x}: {:.0} million instructions per second",
+        cpu.state()?.rip,
+        millions / seconds
+    );
     println!("{:?}", stats.counters);
     Ok(())
 }

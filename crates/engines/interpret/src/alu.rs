@@ -249,7 +249,10 @@ pub fn shift_cl<T: Word, S: Shift, const M: bool>(c: &mut Core, op: &Op) -> Resu
 }
 
 /// SHLD, and SHRD with `R`; `CL` takes the count from CL.
-pub fn double_shift<T: Word, const R: bool, const CL: bool, const M: bool>(c: &mut Core, op: &Op) -> Result<Flow> {
+pub fn double_shift<T: Word, const R: bool, const CL: bool, const M: bool>(
+    c: &mut Core,
+    op: &Op,
+) -> Result<Flow> {
     let count = if CL { c.r[x86::gpr::RCX] } else { op.imm };
     let n = (count & if T::SIZE == 8 { 63 } else { 31 }) as u32;
     let fill = T::get(c, op.src).u();

@@ -180,7 +180,14 @@ impl Cache {
     }
 }
 
-fn block(core: &Core, ops: Vec<Op>, len: u64, offset: u64, generation: u32, second: Option<(u64, u32)>) -> Block {
+fn block(
+    core: &Core,
+    ops: Vec<Op>,
+    len: u64,
+    offset: u64,
+    generation: u32,
+    second: Option<(u64, u32)>,
+) -> Block {
     Block {
         ops: ops.into(),
         len,

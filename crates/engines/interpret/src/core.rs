@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use machine::{Machine, apic};
 use machine::cpu::State;
+use machine::{Machine, apic};
 use memory::Memory;
 use x86::control::{cr0, cr4, dr7, efer};
 use x86::cpuid::{Cpuid, Feature, Live};

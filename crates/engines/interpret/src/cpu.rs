@@ -143,7 +143,9 @@ impl Cpu {
         let core = &mut self.core;
         let open = core.rflags & flags::IF != 0 && core.attention & attention::SHADOW == 0;
         let waits = matches!(core.s.activity, Activity::Running | Activity::Halted);
-        if open && waits && core.local.pending() & apic::INTERRUPT != 0
+        if open
+            && waits
+            && core.local.pending() & apic::INTERRUPT != 0
             && let Some(v) = core.local.acknowledge()
         {
             core.count.interrupts += 1;
@@ -207,7 +209,10 @@ impl Cpu {
     fn step(&mut self) -> std::result::Result<Option<Exit>, Shutdown> {
         let core = &mut self.core;
         let linear = core.code_linear(core.rip);
-        if core.attention & attention::DEBUGGER != 0 && core.debug.breakpoints.contains(&linear) && !core.debug.step {
+        if core.attention & attention::DEBUGGER != 0
+            && core.debug.breakpoints.contains(&linear)
+            && !core.debug.step
+        {
             return Ok(Some(Exit::Debug(Stop::Breakpoint(linear))));
         }
         let resume = core.rflags & flags::RF != 0;
@@ -270,7 +275,10 @@ impl Cpu {
 fn start(core: &mut Core, vector: u8) {
     let attributes = attr::P | attr::S | attr::CODE | attr::RW | attr::ACCESSED;
     let selector = u16::from(vector) << 8;
-    core.set_segment(index::CS, Segment { selector, attributes, limit: 0xffff, base: u64::from(vector) << 12 });
+    core.set_segment(
+        index::CS,
+        Segment { selector, attributes, limit: 0xffff, base: u64::from(vector) << 12 },
+    );
     core.rip = 0;
     core.s.activity = Activity::Running;
     core.attend(attention::IDLE, false);

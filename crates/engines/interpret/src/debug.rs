@@ -15,7 +15,8 @@ impl Core {
     /// Whether the page of `linear` holds a watched address, and so must not be in the TLB.
     pub fn page_watched(&self, linear: u64) -> bool {
         let page = linear & !0xfff;
-        let touches = |at: u64, len: u64| at >> 12 == page >> 12 || at.wrapping_add(len - 1) >> 12 == page >> 12;
+        let touches =
+            |at: u64, len: u64| at >> 12 == page >> 12 || at.wrapping_add(len - 1) >> 12 == page >> 12;
         (0..4).filter_map(|n| self.guest_watch(n)).any(|(at, len, _)| touches(at, len))
             || self.debug.watchpoints.iter().any(|&(at, len, _)| {
                 at.wrapping_add(len.max(1) - 1) >> 12 >= page >> 12 && at >> 12 <= page >> 12

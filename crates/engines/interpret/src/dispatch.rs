@@ -87,7 +87,8 @@ fn moves(i: &Instruction, op: &mut Op) -> Option<Handler> {
     if segment(0) || segment(1) {
         return None;
     }
-    if is_register(i, 0) && !(i.op0_register().is_gpr()) || is_register(i, 1) && !(i.op1_register().is_gpr()) {
+    if is_register(i, 0) && !(i.op0_register().is_gpr()) || is_register(i, 1) && !(i.op1_register().is_gpr())
+    {
         return None;
     }
     Some(if is_memory(i, 1) || is_register(i, 0) && is_register(i, 1) {

@@ -18,15 +18,26 @@ use crate::word::Word;
 /// A code segment with all of the address space, as SYSCALL and SYSENTER load it.
 fn flat_code(selector: u16, dpl: u8, long: bool) -> Segment {
     let mode = if long { attr::L } else { attr::DB };
-    let attributes =
-        attr::P | attr::S | attr::CODE | attr::RW | attr::ACCESSED | attr::G | mode | u16::from(dpl) << attr::DPL_SHIFT;
+    let attributes = attr::P
+        | attr::S
+        | attr::CODE
+        | attr::RW
+        | attr::ACCESSED
+        | attr::G
+        | mode
+        | u16::from(dpl) << attr::DPL_SHIFT;
     Segment { selector, attributes, limit: u32::MAX, base: 0 }
 }
 
 /// A stack segment with all of the address space.
 fn flat_stack(selector: u16, dpl: u8) -> Segment {
-    let attributes =
-        attr::P | attr::S | attr::RW | attr::ACCESSED | attr::G | attr::DB | u16::from(dpl) << attr::DPL_SHIFT;
+    let attributes = attr::P
+        | attr::S
+        | attr::RW
+        | attr::ACCESSED
+        | attr::G
+        | attr::DB
+        | u16::from(dpl) << attr::DPL_SHIFT;
     Segment { selector, attributes, limit: u32::MAX, base: 0 }
 }
 
@@ -111,7 +122,8 @@ fn direct(c: &mut Core, d: &mut Descriptor, selector: u16) -> Result<()> {
 }
 
 fn inside(c: &mut Core, segment: &Segment, offset: u64) -> Result<()> {
-    let ok = if c.long() && segment.has(attr::L) { canonical(offset) } else { offset <= segment.limit.into() };
+    let ok =
+        if c.long() && segment.has(attr::L) { canonical(offset) } else { offset <= segment.limit.into() };
     if ok { Ok(()) } else { c.gp() }
 }
 
@@ -248,11 +260,21 @@ fn call_gate(c: &mut Core, gate: &Descriptor, next: u64) -> Result<Flow> {
     }
     let cpl = s.dpl();
     let old_sp = c.r[RSP];
-    let size: u64 = if long { 8 } else if wide { 4 } else { 2 };
+    let size: u64 = if long {
+        8
+    } else if wide {
+        4
+    } else {
+        2
+    };
     let mut frame: Vec<u64> = vec![old[index::SS].selector.into(), old_sp];
     if !long {
         for n in (0..params).rev() {
-            frame.push(if wide { c.stack_read::<u32>(4 * n)?.into() } else { c.stack_read::<u16>(2 * n)?.into() });
+            frame.push(if wide {
+                c.stack_read::<u32>(4 * n)?.into()
+            } else {
+                c.stack_read::<u16>(2 * n)?.into()
+            });
         }
     }
     frame.extend([old[index::CS].selector.into(), next]);

@@ -149,11 +149,11 @@ mod tests {
     #[test]
     fn every_combination_survives() {
         for n in 0..64u64 {
-            let flags = (n & 1) * CF
-                | (n >> 1 & 1) * PF
-                | (n >> 2 & 1) * AF
-                | (n >> 3 & 1) * ZF
-                | (n >> 4 & 1) * SF
+            let flags = ((n & 1) * CF)
+                | ((n >> 1 & 1) * PF)
+                | ((n >> 2 & 1) * AF)
+                | ((n >> 3 & 1) * ZF)
+                | ((n >> 4 & 1) * SF)
                 | (n >> 5 & 1) * OF;
             assert_eq!(Lazy::from_bits(flags).bits(), flags);
             assert_eq!(Lazy::from_bits(flags).with_cf(true).bits(), flags | CF);

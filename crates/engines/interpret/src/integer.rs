@@ -113,7 +113,12 @@ fn bit<const K: u8>(v: u64, n: u32) -> u64 {
 }
 
 #[inline(always)]
-fn bit_in<T: Word, const K: u8, const M: bool>(c: &mut Core, op: &Op, linear: Option<u64>, n: u64) -> Result<Flow> {
+fn bit_in<T: Word, const K: u8, const M: bool>(
+    c: &mut Core,
+    op: &Op,
+    linear: Option<u64>,
+    n: u64,
+) -> Result<Flow> {
     let n = n as u32 & (T::BITS - 1);
     let f = |c: &mut Core, v: T| {
         c.lazy = c.lazy.with_cf(v.u() >> n & 1 != 0);
@@ -392,7 +397,6 @@ pub fn direction<const S: bool>(c: &mut Core, _: &Op) -> Result<Flow> {
     c.rflags = c.rflags & !flags::DF | if S { flags::DF } else { 0 };
     Ok(Flow::Next)
 }
-
 
 /// DAA, and DAS with `S`.
 pub fn daa<const S: bool>(c: &mut Core, _: &Op) -> Result<Flow> {

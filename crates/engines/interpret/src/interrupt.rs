@@ -122,7 +122,14 @@ impl Core {
         self.raise(Exception::with_code(v, u32::from(vector) << 3 | 2 | external))
     }
 
-    fn deliver_long(&mut self, v: u8, source: Source, code: Option<u32>, rf: u64, external: u32) -> Result<()> {
+    fn deliver_long(
+        &mut self,
+        v: u8,
+        source: Source,
+        code: Option<u32>,
+        rf: u64,
+        external: u32,
+    ) -> Result<()> {
         let at = u64::from(v) * 16;
         if at + 15 > self.s.idtr.limit.into() {
             return self.gate_fault(vector::GP, v, external);
@@ -163,14 +170,8 @@ impl Core {
             old[index::CS].selector.into(),
             self.rip,
         ];
-        let mut stack = Stack {
-            base: 0,
-            sp: sp & !15,
-            mask: u64::MAX,
-            size: 8,
-            limit: Segment::default(),
-            cpl,
-        };
+        let mut stack =
+            Stack { base: 0, sp: sp & !15, mask: u64::MAX, size: 8, limit: Segment::default(), cpl };
         for word in frame {
             self.stack_push(&mut stack, word)?;
         }
@@ -195,9 +196,8 @@ impl Core {
 
     /// The code segment that a gate names, and the privilege it gives.
     fn gate_code_segment(&mut self, selector: u16, external: u32, long: bool) -> Result<(Segment, u8)> {
-        let fail = |c: &mut Self, v: u8| {
-            c.raise(Exception::with_code(v, u32::from(selector & !3) | external))
-        };
+        let fail =
+            |c: &mut Self, v: u8| c.raise(Exception::with_code(v, u32::from(selector & !3) | external));
         if selector & !3 == 0 {
             return self.raise(Exception::with_code(vector::GP, external));
         }
@@ -305,7 +305,14 @@ impl Core {
         Ok(stack.sp)
     }
 
-    fn deliver_protected(&mut self, v: u8, source: Source, code: Option<u32>, rf: u64, external: u32) -> Result<()> {
+    fn deliver_protected(
+        &mut self,
+        v: u8,
+        source: Source,
+        code: Option<u32>,
+        rf: u64,
+        external: u32,
+    ) -> Result<()> {
         let at = u64::from(v) * 8;
         if at + 7 > self.s.idtr.limit.into() {
             return self.gate_fault(vector::GP, v, external);
@@ -497,9 +504,7 @@ fn iret_v8086(c: &mut Core, rip: u64, cs: u16, new_flags: u64) -> Result<Flow> {
         *s = c.stack_read::<u32>(16 + 4 * i as u64)? as u16;
     }
     c.set_flags(new_flags);
-    for (n, s) in
-        [index::SS, index::ES, index::DS, index::FS, index::GS].into_iter().zip(selectors)
-    {
+    for (n, s) in [index::SS, index::ES, index::DS, index::FS, index::GS].into_iter().zip(selectors) {
         c.set_segment(n, v8086(s));
     }
     c.set_segment(index::CS, v8086(cs));
@@ -598,5 +603,4 @@ impl Core {
             mask => *rsp & !mask | sp & mask,
         };
     }
-
 }

@@ -533,7 +533,11 @@ impl Core {
 
     /// Changes the first operand, a register or, with `M`, in memory.
     #[inline(always)]
-    pub fn modify_rm<T: Word, const M: bool>(&mut self, op: &Op, f: impl Fn(&mut Self, T) -> T) -> Result<Flow> {
+    pub fn modify_rm<T: Word, const M: bool>(
+        &mut self,
+        op: &Op,
+        f: impl Fn(&mut Self, T) -> T,
+    ) -> Result<Flow> {
         if M {
             let linear = self.operand(op, T::SIZE, true)?;
             self.modify(linear, op.segment, op.lock, f)
@@ -574,4 +578,3 @@ fn step(target: Target, by: u64) -> Target {
         Target::Device(g) => Target::Device(g.wrapping_add(by)),
     }
 }
-

@@ -113,11 +113,8 @@ impl Core {
     /// #GP(0) if `rip` is outside the code segment, or not canonical.
     #[inline(always)]
     pub fn check_target(&mut self, rip: u64) -> Result<()> {
-        let inside = if self.bits == 64 {
-            canonical(rip)
-        } else {
-            rip <= self.s.segments[index::CS].limit.into()
-        };
+        let inside =
+            if self.bits == 64 { canonical(rip) } else { rip <= self.s.segments[index::CS].limit.into() };
         if inside { Ok(()) } else { self.gp() }
     }
 }

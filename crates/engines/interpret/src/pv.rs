@@ -65,7 +65,9 @@ impl Core {
 
     fn store_guest(&mut self, gpa: u64, bytes: &[u8]) {
         for (i, &b) in bytes.iter().enumerate() {
-            if let Some(r) = self.memory.region(gpa.wrapping_add(i as u64)).filter(|r| r.kind == memory::Kind::Ram) {
+            if let Some(r) =
+                self.memory.region(gpa.wrapping_add(i as u64)).filter(|r| r.kind == memory::Kind::Ram)
+            {
                 let offset = gpa.wrapping_add(i as u64) - r.gpa + r.offset;
                 self.hit |= self.memory.store(offset, b);
             }

@@ -280,7 +280,11 @@ pub fn load_table<const I: bool>(c: &mut Core, op: &Op) -> Result<Flow> {
         return c.gp();
     }
     let table = Table { base, limit };
-    if I { c.s.idtr = table } else { c.s.gdtr = table }
+    if I {
+        c.s.idtr = table
+    } else {
+        c.s.gdtr = table
+    }
     Ok(Flow::Next)
 }
 

@@ -69,13 +69,15 @@ pub fn to_canonical(s: &SimdState) -> Fpu {
 }
 
 fn is_x87(i: &Instruction) -> bool {
-    i.cpuid_features().iter().any(|f| {
-        matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387)
-    }) || (Register::ST0..=Register::ST7).contains(&i.op0_register())
+    i.cpuid_features()
+        .iter()
+        .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
+        || (Register::ST0..=Register::ST7).contains(&i.op0_register())
 }
 
 fn is_mmx(i: &Instruction) -> bool {
-    i.mnemonic() == Mnemonic::Emms || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm())
+    i.mnemonic() == Mnemonic::Emms
+        || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm())
 }
 
 /// #UD and #NM by the control registers (SDM vol. 3A, table 2-2; vol. 2A, 2.4).
@@ -140,9 +142,18 @@ fn run<const R: bool, const W: bool>(c: &mut Core, op: &Op) -> Result<Flow> {
     let mut place = None;
     if R || W {
         linear = c.operand(op, size, W)?;
-        let aligned = size >= 16 && i.encoding() == EncodingKind::Legacy && !unaligned(i.mnemonic()) && !is_x87(i);
-        let moves = matches!(i.mnemonic(), Mnemonic::Vmovaps | Mnemonic::Vmovapd | Mnemonic::Vmovdqa
-            | Mnemonic::Vmovntps | Mnemonic::Vmovntpd | Mnemonic::Vmovntdq | Mnemonic::Vmovntdqa);
+        let aligned =
+            size >= 16 && i.encoding() == EncodingKind::Legacy && !unaligned(i.mnemonic()) && !is_x87(i);
+        let moves = matches!(
+            i.mnemonic(),
+            Mnemonic::Vmovaps
+                | Mnemonic::Vmovapd
+                | Mnemonic::Vmovdqa
+                | Mnemonic::Vmovntps
+                | Mnemonic::Vmovntpd
+                | Mnemonic::Vmovntdq
+                | Mnemonic::Vmovntdqa
+        );
         if (aligned || moves) && linear & (size - 1) != 0 {
             return c.gp();
         }
@@ -156,8 +167,17 @@ fn run<const R: bool, const W: bool>(c: &mut Core, op: &Op) -> Result<Flow> {
 }
 
 fn unaligned(m: Mnemonic) -> bool {
-    matches!(m, Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu | Mnemonic::Lddqu
-        | Mnemonic::Pcmpestri | Mnemonic::Pcmpestrm | Mnemonic::Pcmpistri | Mnemonic::Pcmpistrm)
+    matches!(
+        m,
+        Mnemonic::Movups
+            | Mnemonic::Movupd
+            | Mnemonic::Movdqu
+            | Mnemonic::Lddqu
+            | Mnemonic::Pcmpestri
+            | Mnemonic::Pcmpestrm
+            | Mnemonic::Pcmpistri
+            | Mnemonic::Pcmpistrm
+    )
 }
 
 fn execute(

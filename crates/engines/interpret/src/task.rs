@@ -87,7 +87,11 @@ impl Core {
         self.breakpoints_changed();
         self.enter_task(&image, &layout, nests)?;
         if let Some(code) = code {
-            if layout.word == 4 { self.push(code)? } else { self.push(code as u16)? };
+            if layout.word == 4 {
+                self.push(code)?
+            } else {
+                self.push(code as u16)?
+            };
         }
         if k & 8 != 0 && self.read_system::<u16>(new.wrapping_add(0x64))? & 1 != 0 {
             self.s.dr6 |= x86::control::dr6::BT;
@@ -161,7 +165,11 @@ impl Core {
         self.s.ldtr = Segment { selector: image.ldt, ..Segment::default() };
         if image.ldt & !3 != 0 {
             let d = self.descriptor(image.ldt, vector::TS)?;
-            if image.ldt & 4 != 0 || d.segment.has(attr::S) || d.segment.kind() != kind::LDT || !d.segment.usable() {
+            if image.ldt & 4 != 0
+                || d.segment.has(attr::S)
+                || d.segment.kind() != kind::LDT
+                || !d.segment.usable()
+            {
                 return self.selector_fault(vector::TS, image.ldt);
             }
             self.s.ldtr = d.segment;

@@ -93,13 +93,13 @@ impl Tlb {
     /// Where the page of code at `linear` is.
     #[inline]
     pub fn fetch(&self, user: bool, linear: u64) -> Option<u64> {
-        let e = &self.code[(linear >> 12) as usize & (FETCH - 1) | usize::from(user) * FETCH];
+        let e = &self.code[(linear >> 12) as usize & (FETCH - 1) | (usize::from(user) * FETCH)];
         (e.tag == linear & !0xfff).then_some(e.offset | linear & 0xfff)
     }
 
     /// Remembers a page of code.
     pub fn fill_code(&mut self, user: bool, linear: u64, offset: u64, global: bool, shift: u8) {
-        let slot = (linear >> 12) as usize & (FETCH - 1) | usize::from(user) * FETCH;
+        let slot = (linear >> 12) as usize & (FETCH - 1) | (usize::from(user) * FETCH);
         self.code[slot] = Code { tag: linear & !0xfff, offset, global };
         self.note_size(linear, shift);
     }
@@ -146,13 +146,13 @@ impl Tlb {
         self.epoch += 1;
         let page = (linear >> 12) as usize;
         for bank in 0..BANKS {
-            let e = &mut self.entries[bank * ENTRIES | page & (ENTRIES - 1)];
+            let e = &mut self.entries[(bank * ENTRIES) | page & (ENTRIES - 1)];
             if e.read == linear & !0xfff {
                 *e = EMPTY;
             }
         }
         for user in 0..2 {
-            let e = &mut self.code[user * FETCH | page & (FETCH - 1)];
+            let e = &mut self.code[(user * FETCH) | page & (FETCH - 1)];
             if e.tag == linear & !0xfff {
                 *e = NO_CODE;
             }

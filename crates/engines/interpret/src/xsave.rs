@@ -4,9 +4,9 @@
 //! layout as the standard one.
 
 use native::SimdState;
+use x86::Exception;
 use x86::control::{cr0, cr4, xcr0};
 use x86::gpr::{RAX, RCX, RDX};
-use x86::Exception;
 
 use crate::core::Core;
 use crate::op::{Flow, Op, Result};
