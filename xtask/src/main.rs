@@ -24,12 +24,15 @@ enum Command {
         /// Show what the outer guest prints
         #[arg(long)]
         verbose: bool,
+        /// How often to boot Linux with one and with two vCPUs
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        boots: u32,
     },
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
-        Command::Nested { verbose } => nested::run(verbose),
+        Command::Nested { verbose, boots } => nested::run(verbose, boots),
     }
 }

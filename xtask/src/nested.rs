@@ -48,12 +48,20 @@ pub struct Job {
     pub command: String,
     /// Seconds that it may take.
     pub limit: u32,
+    /// What it has to write, beside ending with status 0.
+    pub expect: Vec<String>,
 }
 
 impl Job {
     /// A job.
     pub fn new(name: &str, command: impl Into<String>, limit: u32) -> Self {
-        Self { name: name.into(), command: command.into(), limit }
+        Self { name: name.into(), command: command.into(), limit, expect: Vec::new() }
+    }
+
+    /// The same, which also has to write `text`.
+    pub fn expecting(mut self, text: &str) -> Self {
+        self.expect.push(text.into());
+        self
     }
 }
 
@@ -247,28 +255,50 @@ pub fn build(args: &[&str]) -> Result<Vec<PathBuf>> {
 }
 
 /// `cargo xtask nested`: what the KVM engine must be able to do, on a KVM that works.
-pub fn run(verbose: bool) -> Result<()> {
+pub fn run(verbose: bool, boots: u32) -> Result<()> {
     let mut bed = Bed::new()?;
-    let probe = build(&["build", "-p", "lodge-kvm", "--example", "probe"])?;
+    let guest = images::default_guest(&Options::default(), &mut Silent)?;
+    let lodge = build(&["build", "-p", "lodge"])?;
     let guests = build(&["test", "--no-run", "-p", "lodge-kvm", "--test", "guests"])?;
-    bed.file("probe", &probe[0])?.file("guests", &guests[0])?;
-    let jobs = [
-        Job::new("the trial finds KVM usable", "/probe", 20),
+    bed.file("lodge", &lodge[0])?.file("guests", &guests[0])?;
+    bed.file("vmlinuz", &guest.kernel)?.file("initrd", &guest.initrd)?;
+    let mut jobs = vec![
+        Job::new("lodge host finds KVM usable", "/lodge host --json", 20).expecting("ran a trial guest"),
         Job::new("tiny guests", "/guests --test-threads 1", 60),
     ];
-    report(&jobs, &bed.run(&jobs, Duration::from_secs(100), verbose)?)
+    for _ in 0..boots {
+        jobs.extend([1, 2].map(linux));
+    }
+    let limit = Duration::from_secs(60 + jobs.iter().map(|job| u64::from(job.limit)).sum::<u64>());
+    report(&jobs, &bed.run(&jobs, limit, verbose)?)
+}
+
+/// Boots the default guest's stock kernel to userspace, looks around there, and powers off.
+fn linux(cpus: u32) -> Job {
+    // The brackets keep the command line, which is in the log, from matching.
+    let look = "cat /proc/interrupts; ! dmesg | grep -e WARNIN[G]: -e BU[G]: -e Oop[s]";
+    let cmdline = format!("console=ttyS0 quiet lodge.exec=\"{look}\"");
+    Job::new(
+        &format!("a stock kernel, {cpus} vCPUs, to userspace and power-off"),
+        format!(
+            "/lodge run --engine kvm --cpus {cpus} --memory 256M --kernel /vmlinuz --initrd /initrd --stats \
+             --timeout 80 --cmdline '{cmdline}'"
+        ),
+        90,
+    )
+    .expecting(&format!(", {cpus} CPUs, "))
+    .expecting("the command ended with status 0")
 }
 
 /// Prints a line per job, and what those that failed wrote.
 fn report(jobs: &[Job], outcomes: &[Outcome]) -> Result<()> {
     let mut failed = 0;
     for (job, outcome) in jobs.iter().zip(outcomes) {
-        match outcome.status {
-            Some(0) => println!("ok      {}", job.name),
-            status => {
+        match why_failed(job, outcome) {
+            None => println!("ok      {}", job.name),
+            Some(why) => {
                 failed += 1;
-                let how = status.map_or("did not end".to_owned(), |s| format!("status {s}"));
-                println!("FAILED  {} ({how}): {}\n{}", job.name, job.command, outcome.output);
+                println!("FAILED  {}: {why}: {}\n{}", job.name, job.command, outcome.output);
             }
         }
     }
@@ -276,6 +306,17 @@ fn report(jobs: &[Job], outcomes: &[Outcome]) -> Result<()> {
         bail!("{failed} of {} jobs failed in the nested bed", jobs.len());
     }
     Ok(())
+}
+
+fn why_failed(job: &Job, outcome: &Outcome) -> Option<String> {
+    match outcome.status {
+        Some(0) => {}
+        Some(143) => return Some(format!("it took more than {} s", job.limit)),
+        Some(status) => return Some(format!("status {status}")),
+        None => return Some("it did not end".into()),
+    }
+    let missing = job.expect.iter().find(|text| !outcome.output.contains(*text))?;
+    Some(format!("it did not write {missing:?}"))
 }
 
 #[cfg(test)]
@@ -290,6 +331,16 @@ mod tests {
         assert_eq!(got[0], Outcome { status: Some(3), output: "hello\n@@nested end x\n\n".into() });
         assert_eq!(got[1], Outcome { status: None, output: "hal\n".into() });
         assert_eq!(got[2], Outcome { status: None, output: String::new() });
+    }
+
+    #[test]
+    fn jobs_fail_by_status_and_by_what_they_write() {
+        let job = Job::new("", "", 1).expecting("hello");
+        let outcome = |status, output: &str| Outcome { status, output: output.into() };
+        assert_eq!(why_failed(&job, &outcome(Some(0), "say hello\n")), None);
+        assert!(why_failed(&job, &outcome(Some(0), "bye")).is_some());
+        assert!(why_failed(&job, &outcome(Some(1), "hello")).is_some());
+        assert!(why_failed(&job, &outcome(None, "hello")).is_some());
     }
 
     #[test]
