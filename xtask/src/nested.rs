@@ -1,11 +1,11 @@
 //! The nested bed: a whole PC with SVM, emulated by QEMU, whose Linux has a KVM that works, whatever the host has.
 //!
 //! The outer guest is Debian's cloud kernel with the KVM modules from its own package and a busybox, in an initial RAM
-//! disk that also holds the programs to be tried. They are linked statically, for there is no library. Process 1 runs
-//! the jobs one after the other, marks where each begins and ends on the serial console, and powers off: one boot, some
-//! 20 seconds, serves many jobs.
+//! disk that also holds the programs to be tried, with the libraries that they need. Process 1 runs the jobs one after
+//! the other, marks where each begins and ends on the serial console, and powers off: one boot, of some 10 seconds, serves
+//! many jobs.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use images::cpio::Cpio;
 use images::{Options, Silent, Source};
+
+use crate::sh;
 
 /// Modules by name, in the order in which they are loaded.
 const MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-amd"];
@@ -78,6 +80,8 @@ pub struct Outcome {
 pub struct Bed {
     kernel: PathBuf,
     image: Cpio,
+    /// Those of this host that are in it.
+    libraries: BTreeSet<String>,
 }
 
 impl Bed {
@@ -103,7 +107,18 @@ impl Bed {
             images::deb::decompress(&file.path, packed.as_slice(), 64 << 20)?.read_to_end(&mut module)?;
             image.file(&format!("modules/{name}.ko"), 0o644, &module);
         }
-        Ok(Self { kernel: files[0].stored.clone(), image })
+        Ok(Self { kernel: files[0].stored.clone(), image, libraries: BTreeSet::new() })
+    }
+
+    /// Puts the program `from` into the bed as `to`, with the libraries that it needs.
+    pub fn program(&mut self, to: &str, from: &Path) -> Result<&mut Self> {
+        for library in libraries(from)? {
+            let path = library.to_string_lossy().into_owned();
+            if self.libraries.insert(path.clone()) {
+                self.file(&path, &library)?;
+            }
+        }
+        self.file(to, from)
     }
 
     /// Puts the file `from` into the bed as `to`, executable.
@@ -226,21 +241,15 @@ fn outcomes(console: &str, jobs: usize) -> Vec<Outcome> {
     (0..jobs).map(|n| found.remove(&n).unwrap_or(Outcome { status: None, output: String::new() })).collect()
 }
 
-/// Where statically linked programs are built: their flags would make cargo build everything else anew.
+/// Where the bed's image lies while it runs.
 fn target_dir() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from).join("nested")
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| sh::root().join("target"), PathBuf::from)
 }
 
-/// Builds with cargo, statically, what `args` say; the executables' paths.
+/// Builds with cargo what `args` say; the executables' paths.
 pub fn build(args: &[&str]) -> Result<Vec<PathBuf>> {
-    let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args(args)
-        .args(["--quiet", "--release", "--message-format", "json-render-diagnostics"])
-        .args(["--target", "x86_64-unknown-linux-gnu", "--target-dir"])
-        .arg(target_dir())
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")))
+    let output = sh::cargo(args)
+        .args(["--quiet", "--message-format", "json-render-diagnostics"])
         .stderr(Stdio::inherit())
         .output()
         .context("cannot start cargo")?;
@@ -254,13 +263,21 @@ pub fn build(args: &[&str]) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// The shared libraries that a program of this host needs, the loader among them.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    // What ldd does: the loader lists what it would load.
+    let output = Command::new(program).env("LD_TRACE_LOADED_OBJECTS", "1").output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
+}
+
 /// `cargo xtask nested`: what the KVM engine must be able to do, on a KVM that works.
 pub fn run(verbose: bool, boots: u32) -> Result<()> {
     let mut bed = Bed::new()?;
     let guest = images::default_guest(&Options::default(), &mut Silent)?;
-    let lodge = build(&["build", "-p", "lodge"])?;
+    let lodge = build(&["build", "--release", "-p", "lodge"])?;
     let guests = build(&["test", "--no-run", "-p", "lodge-kvm", "--test", "guests"])?;
-    bed.file("lodge", &lodge[0])?.file("guests", &guests[0])?;
+    bed.program("lodge", &lodge[0])?.program("guests", &guests[0])?;
     bed.file("vmlinuz", &guest.kernel)?.file("initrd", &guest.initrd)?;
     let mut jobs = vec![
         Job::new("lodge host finds KVM usable", "/lodge host --json", 20).expecting("ran a trial guest"),
