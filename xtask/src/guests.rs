@@ -56,7 +56,7 @@ pub fn build() -> Result<PathBuf> {
 /// after two minutes.
 pub fn run_qemu(dir: &Path, name: &str) -> Result<ExitStatus> {
     Command::new("timeout")
-        .args(["120", "qemu-system-x86_64"])
+        .args(["--kill-after=5", "120", "qemu-system-x86_64"])
         .args("-machine q35,accel=tcg -cpu max -smp 2 -m 128 -no-reboot -display none".split(' '))
         .args("-serial stdio -monitor none -device isa-debug-exit,iobase=0xf4,iosize=4 -kernel".split(' '))
         .arg(dir.join(name))
