@@ -48,7 +48,7 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let power = vm.power().clone();
     watch_signals(&power)?;
     read_input(raw.is_some(), &console, &power)?;
-    let gdb = args.gdb.map(|address| listen(address)).transpose()?;
+    let gdb = args.gdb.map(listen).transpose()?;
     if let (Some(listener), Some(address)) = (&gdb, args.gdb) {
         eprint!("Waiting for gdb; in gdb: target remote {address}\r\n");
         vm.debug(listener.try_clone().context("the host gives no socket")?)?;

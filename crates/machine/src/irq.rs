@@ -64,7 +64,13 @@ impl Line {
         self.0.set(level);
     }
 
-    /// Up and down: an edge.
+    /// An edge, after which the line stays up: an 8259 forgets a request whose line falls before it is acknowledged.
+    pub fn edge(&self) {
+        self.set(false);
+        self.set(true);
+    }
+
+    /// Up and down.
     pub fn pulse(&self) {
         self.0.set(true);
         self.0.set(false);

@@ -224,7 +224,7 @@ impl Hpet {
                 state.status |= 1 << n;
                 self.settle_lines(&state);
             } else if let Some(line) = self.lines[n].get(self.gsi(&state, n)) {
-                line.pulse();
+                line.edge();
             }
         }
         self.arm(&state, n);
@@ -241,7 +241,14 @@ impl Hpet {
         for (n, lines) in self.lines.iter().enumerate() {
             let up = state.status & 1 << n != 0 && state.comparators[n].config & tn::INTERRUPT != 0;
             let gsi = self.gsi(state, n);
-            lines.iter().enumerate().for_each(|(at, line)| line.set(up && at == gsi));
+            // An edge's line stays as it is, for whom has not acknowledged it yet.
+            let edge = state.comparators[n].config & tn::LEVEL == 0;
+            let settled = |(at, line): (usize, &Line)| {
+                if !(edge && at == gsi) {
+                    line.set(up && at == gsi);
+                }
+            };
+            lines.iter().enumerate().for_each(settled);
         }
     }
 

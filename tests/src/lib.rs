@@ -1,0 +1,190 @@
+//! Running the `lodge` command as users do. `cargo xtask test` builds it; by hand: `cargo build --release` first.
+#![forbid(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// The release build of the command.
+pub fn lodge() -> PathBuf {
+    if let Some(path) = std::env::var_os("LODGE_BIN") {
+        return path.into();
+    }
+    // …/target/debug/deps/test-hash → …/target/release/lodge
+    let test = std::env::current_exe().expect("a test has a path");
+    let target = test.ancestors().nth(3).expect("a test is in target/PROFILE/deps");
+    let path = target.join("release/lodge");
+    assert!(path.exists(), "{} is missing: build it with `cargo build --release`", path.display());
+    path
+}
+
+/// A directory of the test's own, removed at its end.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Makes it; `name` is the test's.
+    pub fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("lodge-test-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).expect("a temporary directory can be made");
+        Self(path)
+    }
+
+    /// A file in it.
+    pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::write(&path, bytes).expect("a temporary file can be written");
+        path
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What stays behind is in the temporary directory.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What a run of the command left.
+#[derive(Debug)]
+pub struct Done {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
+}
+
+impl Done {
+    /// The exit status.
+    pub fn code(&self) -> i32 {
+        self.status.code().unwrap_or(-1)
+    }
+
+    /// Fails unless the status is `code`.
+    #[track_caller]
+    pub fn expect(self, code: i32) -> Self {
+        assert_eq!(self.code(), code, "output:\n{}\nerrors:\n{}", self.out, self.err);
+        self
+    }
+}
+
+/// The command, running.
+pub struct Running {
+    /// The process.
+    pub child: Child,
+    reader: std::thread::JoinHandle<String>,
+    errors: std::thread::JoinHandle<String>,
+    lines: std::sync::mpsc::Receiver<String>,
+}
+
+/// Starts `lodge` with `args`, and `input` typed into it.
+pub fn start<S: AsRef<OsStr>>(args: &[S], input: &str) -> Running {
+    start_with(Command::new(lodge()).args(args), input)
+}
+
+/// Starts a command.
+pub fn start_with(command: &mut Command, input: &str) -> Running {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("lodge starts");
+    let mut stdin = child.stdin.take().expect("piped");
+    // A guest that ends early closes the pipe.
+    let _ = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    let mut stdout = child.stdout.take().expect("piped");
+    let (sender, lines) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let (mut all, mut buffer, mut told) = (Vec::new(), [0; 4096], 0);
+        while let Ok(n @ 1..) = stdout.read(&mut buffer) {
+            all.extend_from_slice(&buffer[..n]);
+            while let Some(end) = all[told..].iter().position(|&b| b == b'\n') {
+                // Nobody listens any more when the test only waits for the end.
+                let _ = sender.send(String::from_utf8_lossy(&all[told..told + end]).trim_end().to_string());
+                told += end + 1;
+            }
+        }
+        String::from_utf8_lossy(&all).replace('\r', "")
+    });
+    let mut stderr = child.stderr.take().expect("piped");
+    let errors = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = stderr.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
+    Running { child, reader, errors, lines }
+}
+
+impl Running {
+    /// Waits for a line of output that contains `text`.
+    #[track_caller]
+    pub fn line(&self, text: &str, patience: Duration) -> String {
+        let end = Instant::now() + patience;
+        let mut seen = Vec::new();
+        loop {
+            match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.contains(text) => return line,
+                Ok(line) => seen.push(line),
+                Err(e) => panic!("no line with {text:?} ({e}); there was:\n{}", seen.join("\n")),
+            }
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).expect("our own child can be signalled");
+    }
+
+    /// Waits for the end, at most so long; then it is killed and the test fails.
+    #[track_caller]
+    pub fn wait(mut self, patience: Duration) -> Done {
+        let end = Instant::now() + patience;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("our own child can be waited for") {
+                break status;
+            }
+            if Instant::now() > end {
+                self.child.kill().expect("our own child can be killed");
+                let _ = self.child.wait();
+                panic!("it did not end in {patience:?}; output so far:\n{}", self.reader.join().unwrap_or_default());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let out = self.reader.join().expect("the reader does not panic");
+        let err = self.errors.join().expect("the reader does not panic");
+        Done { status, out, err }
+    }
+}
+
+/// Runs `lodge` with `args` and `input` to its end, within two minutes.
+#[track_caller]
+pub fn run<S: AsRef<OsStr>>(args: &[S], input: &str) -> Done {
+    start(args, input).wait(Duration::from_secs(120))
+}
+
+/// The default guest, if it can be had here; says why not otherwise.
+pub fn cached_guest() -> Option<images::Guest> {
+    default_guest(&images::Options::default())
+}
+
+/// A guest of `options`, if it can be had here; says why not otherwise.
+pub fn default_guest(options: &images::Options) -> Option<images::Guest> {
+    match images::default_guest(options, &mut images::Silent) {
+        Ok(guest) => Some(guest),
+        Err(e) => {
+            println!("skipped: {e}");
+            None
+        }
+    }
+}
