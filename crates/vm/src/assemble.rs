@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use devices::{At, debug, fw_cfg, hpet, pci, pit, pm, reset, rtc, serial};
+use machine::apic::Apics;
 use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
 use machine::irqs::Irqs;
@@ -98,9 +99,17 @@ fn with_kvm(config: &Config, machine: &Arc<Machine>, processor: &Cpuid) -> Resul
     Ok((vcpus, irqs, "kvm"))
 }
 
-fn with_interpreter(_: &Config, _: &Arc<Machine>, _: Cpuid) -> Result<Engine, Error> {
-    let (reason, remedy) = ("it has not landed yet".into(), "use kvm".into());
-    Err(Error::Engine { engine: "interpret", reason, remedy })
+fn with_interpreter(config: &Config, machine: &Arc<Machine>, processor: Cpuid) -> Result<Engine, Error> {
+    let apics = Apics::new(config.cpus, &machine.clock, &machine.timers);
+    let irqs = Irqs::new(Arc::new(apics.clone()) as Arc<dyn LocalApics>);
+    let processor = Arc::new(processor);
+    let vcpus = (0..config.cpus)
+        .filter_map(|n| Some((n, apics.local(n)?)))
+        .map(|(n, local)| {
+            Box::new(interpret::Cpu::new(machine.clone(), local, processor.clone(), n)) as Box<dyn Vcpu>
+        })
+        .collect();
+    Ok((vcpus, irqs, "interpret"))
 }
 
 /// Puts the kernel or firmware into memory, with the tables that a kernel without firmware needs.
