@@ -2,7 +2,7 @@
 
 use core::arch::{asm, global_asm};
 
-use crate::{cpu, println, segments, serial, trap};
+use crate::{cpu, pic, println, segments, serial, trap};
 
 /// Port of the debug-exit device: a value v ends the machine with status (v << 1) | 1.
 const DEBUG_EXIT: u16 = 0xf4;
@@ -12,6 +12,8 @@ pub fn start() {
     serial::init();
     segments::init(0);
     trap::init();
+    // The firmware may have left its timer tick on.
+    pic::unmask(0);
 }
 
 /// Ends the machine: 0 when all is well.

@@ -105,6 +105,8 @@ pub fn init(cpu: usize) {
         let pointer = TablePointer { limit: 511, base: &raw const (*this).gdt as u64 };
         asm!("lgdt [{}]", in(reg) &pointer);
         asm!("ltr {:x}", in(reg) TSS);
+        // After a reset the LDT is usable, with base 0.
+        asm!("lldt {:x}", in(reg) 0u16);
         asm!("mov ds, {0:e}", "mov es, {0:e}", "mov ss, {0:e}", in(reg) u32::from(DATA));
     }
 }

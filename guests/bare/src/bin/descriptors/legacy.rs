@@ -1,0 +1,5 @@
+//! .
+
+use bare::report::Report;
+
+pub fn run(_: &mut Report) {}
