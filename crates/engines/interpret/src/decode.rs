@@ -163,7 +163,8 @@ fn operands(i: &Instruction, bits: u8, op: &mut Op) {
 fn segment(i: &Instruction, bits: u8) -> u8 {
     match (bits, i.memory_segment()) {
         (64, Register::ES | Register::CS | Register::SS | Register::DS) => {
-            let stack = matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+            let stack =
+                matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
             (if stack { index::SS } else { index::DS }) as u8
         }
         (_, r) => number(r) % 6,
