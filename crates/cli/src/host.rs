@@ -1,7 +1,5 @@
 //! `lodge host`: which engines can be used here.
 
-use std::io::Write;
-
 use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{ContentArrangement, Table};
 
@@ -11,7 +9,8 @@ use crate::args;
 pub fn host(args: &args::Host) -> anyhow::Result<()> {
     let engines = vm::host::engines();
     if args.json {
-        return print(&serde_json::to_string_pretty(&engines)?);
+        println!("{}", serde_json::to_string_pretty(&engines)?);
+        return Ok(());
     }
     let mut table = Table::new();
     table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
@@ -24,13 +23,6 @@ pub fn host(args: &args::Host) -> anyhow::Result<()> {
         };
         table.add_row([engine.name, usable, &engine.reason, engine.remedy.as_deref().unwrap_or("")]);
     }
-    print(&table.to_string())
-}
-
-/// Prints a text. A reader that has seen enough (`| head`) is no error.
-fn print(text: &str) -> anyhow::Result<()> {
-    match writeln!(std::io::stdout(), "{text}") {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e.into()),
-        _ => Ok(()),
-    }
+    println!("{table}");
+    Ok(())
 }

@@ -153,4 +153,3 @@ test_pt:
 boot_stack_top:
     .fill 32768
 second_stack_top:
-    .text

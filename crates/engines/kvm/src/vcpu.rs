@@ -12,10 +12,11 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use machine::cpu::{self, Activity, Debug, Error, Exit, State, Stats, Stop};
 use machine::irq::Controllers;
-use machine::{Bus, Gpa, Machine};
+use machine::{Bus, Gpa, Machine, Memory};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
-use x86::cpuid::Cpuid;
+use x86::cpuid::{Cpuid, PHYSICAL_BITS};
+use x86::paging::{self, Access, Paging};
 use x86::{Segment, flags, msr};
 
 use crate::kick::Kick;
@@ -307,6 +308,23 @@ fn write(bus: &Bus, at: Gpa, data: &[u8]) {
     }
 }
 
+/// Page tables, for looking only.
+struct Tables<'a>(&'a Memory);
+
+impl paging::Tables for Tables<'_> {
+    fn read(&mut self, gpa: Gpa, size: u8) -> u64 {
+        match (self.0.offset(gpa), size) {
+            (Some(offset), 4) => self.0.load::<u32>(offset).into(),
+            (Some(offset), _) => self.0.load(offset),
+            (None, _) => 0,
+        }
+    }
+
+    fn update(&mut self, _: Gpa, _: u8, _: u64, _: u64) -> bool {
+        true
+    }
+}
+
 impl cpu::Vcpu for Vcpu {
     fn run(&mut self) -> Result<Exit, Error> {
         if self.shutdown {
@@ -399,8 +417,21 @@ impl cpu::Vcpu for Vcpu {
     }
 
     fn translate(&mut self, linear: u64) -> Option<Gpa> {
-        let answer = self.fd.translate_gva(linear).ok()?;
-        (answer.valid != 0).then_some(answer.physical_address)
+        // Not by KVM_TRANSLATE, which sets accessed bits in the guest's tables.
+        let sregs = self.fd.get_sregs().ok()?;
+        let mut tables = Tables(&self.machine.memory);
+        let pdpt = sregs.cr3 & 0xffff_ffe0;
+        let paging = Paging {
+            cr0: sregs.cr0,
+            cr3: sregs.cr3,
+            cr4: sregs.cr4,
+            efer: sregs.efer,
+            pdpte: [0, 8, 16, 24].map(|at| paging::Tables::read(&mut tables, pdpt + at, 8)),
+            physical_bits: PHYSICAL_BITS as u8,
+        };
+        let access = Access { peek: true, smap_off: true, ..Access::default() };
+        let page = paging::walk(&paging, &mut tables, linear, access).ok()?;
+        Some(page.gpa | linear & 0xfff)
     }
 
     fn kicker(&self) -> Arc<dyn cpu::Kick> {
