@@ -157,7 +157,10 @@ impl Running {
             if Instant::now() > end {
                 self.child.kill().expect("our own child can be killed");
                 let _ = self.child.wait();
-                panic!("it did not end in {patience:?}; output so far:\n{}", self.reader.join().unwrap_or_default());
+                panic!(
+                    "it did not end in {patience:?}; output so far:\n{}",
+                    self.reader.join().unwrap_or_default()
+                );
             }
             std::thread::sleep(Duration::from_millis(5));
         };

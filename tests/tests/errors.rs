@@ -76,7 +76,8 @@ fn caches_and_archives_that_are_not_there() {
     let empty = scratch.path().join("empty");
     let mirror = "file:///nonexistent/debian";
     one_error(with_cache(&empty.display().to_string(), &["run", "--mirror", mirror]), 4, mirror);
-    let left = std::fs::read_dir(&empty).map(|d| d.flatten().filter(|e| e.path().is_file()).count()).unwrap_or(0);
+    let left =
+        std::fs::read_dir(&empty).map(|d| d.flatten().filter(|e| e.path().is_file()).count()).unwrap_or(0);
     assert!(left <= 1, "nothing but the lock file is left in the cache");
 }
 
@@ -96,7 +97,11 @@ fn an_engine_that_the_host_lacks() {
         println!("skipped: every engine can be used here");
         return;
     }
-    one_error(run(&["run", "--engine", "kvm", "--kernel", "/etc/hostname"], ""), 4, "the engine kvm cannot be used here");
+    one_error(
+        run(&["run", "--engine", "kvm", "--kernel", "/etc/hostname"], ""),
+        4,
+        "the engine kvm cannot be used here",
+    );
 }
 
 #[test]

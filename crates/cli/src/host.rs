@@ -1,5 +1,7 @@
 //! `lodge host`: which engines can be used here.
 
+use std::io::Write;
+
 use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{ContentArrangement, Table};
 
@@ -9,8 +11,7 @@ use crate::args;
 pub fn host(args: &args::Host) -> anyhow::Result<()> {
     let engines = vm::host::engines();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&engines)?);
-        return Ok(());
+        return print(&serde_json::to_string_pretty(&engines)?);
     }
     let mut table = Table::new();
     table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
@@ -23,6 +24,13 @@ pub fn host(args: &args::Host) -> anyhow::Result<()> {
         };
         table.add_row([engine.name, usable, &engine.reason, engine.remedy.as_deref().unwrap_or("")]);
     }
-    println!("{table}");
-    Ok(())
+    print(&table.to_string())
+}
+
+/// Prints a text. A reader that has seen enough (`| head`) is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e.into()),
+        _ => Ok(()),
+    }
 }

@@ -93,10 +93,11 @@ impl private::Sealed for u128 {
     #[inline]
     unsafe fn cmpxchg(p: *mut Self, old: Self, new: Self) -> Self {
         let (low, high): (u64, u64);
-        // SAFETY: by the caller's promise. RBX is LLVM's: it is swapped in and out. Every x86-64 processor since 2006 has it.
+        // SAFETY: by the caller's promise. RBX is LLVM's: it is swapped in and out, and all operands have registers by name,
+        // for LLVM may give RBX to one that has not. Every x86-64 processor since 2006 has the instruction.
         unsafe {
-            asm!("xchg {b}, rbx", "lock cmpxchg16b [{p}]", "mov rbx, {b}",
-                 p = in(reg) p, b = inout(reg) new as u64 => _, in("rcx") (new >> 64) as u64,
+            asm!("xchg rsi, rbx", "lock cmpxchg16b [rdi]", "mov rbx, rsi",
+                 in("rdi") p, inout("rsi") new as u64 => _, in("rcx") (new >> 64) as u64,
                  inout("rax") old as u64 => low, inout("rdx") (old >> 64) as u64 => high, options(nostack));
         }
         (high as u128) << 64 | low as u128

@@ -153,3 +153,4 @@ test_pt:
 boot_stack_top:
     .fill 32768
 second_stack_top:
+    .text

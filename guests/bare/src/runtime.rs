@@ -48,6 +48,7 @@ unsafe extern "C" fn memset(to: *mut u8, byte: i32, len: usize) -> *mut u8 {
 }
 
 global_asm!(
+    ".text",
     ".globl memmove, memcmp, bcmp",
     "memmove:",
     "mov rax, rdi",

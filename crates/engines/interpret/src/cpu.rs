@@ -219,6 +219,8 @@ impl Cpu {
         if core.attention & attention::BREAKPOINTS != 0 && !resume {
             let bits = core.breakpoints_at(linear);
             if bits != 0 {
+                // A fault, unlike other #DBs: RF in the frame lets the instruction pass afterwards.
+                core.rflags |= flags::RF;
                 let e = core.debug_exception(bits);
                 core.deliver_exception(e)?;
                 return Ok(None);

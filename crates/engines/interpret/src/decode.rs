@@ -13,7 +13,9 @@ fn number(r: Register) -> u8 {
         Register::AH | Register::CH | Register::DH | Register::BH => {
             HIGH | (r as u32 - Register::AH as u32) as u8
         }
-        _ => (r.number() & 31) as u8,
+        // iced counts AH to BH among the 8-bit registers.
+        r if r.is_gpr8() => (r.full_register().number() & 15) as u8,
+        _ => (r.number() & 15) as u8,
     }
 }
 
@@ -146,7 +148,7 @@ fn operands(i: &Instruction, bits: u8, op: &mut Op) {
         op.index = address_register(i.memory_index());
         op.scale = i.memory_index_scale().trailing_zeros() as u8;
         op.disp = i.memory_displacement64();
-        op.segment = number(i.memory_segment()) % 6;
+        op.segment = segment(i, bits);
         op.address_size = address_size(i);
         op.flat = bits == 64 && op.address_size == 8;
         op.seg_slot = match usize::from(op.segment) {
@@ -154,6 +156,18 @@ fn operands(i: &Instruction, bits: u8, op: &mut Op) {
             index::GS => slot::GS,
             _ => slot::ZERO,
         };
+    }
+}
+
+/// The segment of the memory operand. In 64-bit mode prefixes other than FS and GS count for nothing.
+fn segment(i: &Instruction, bits: u8) -> u8 {
+    match (bits, i.memory_segment()) {
+        (64, Register::ES | Register::CS | Register::SS | Register::DS) => {
+            let stack =
+                matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+            (if stack { index::SS } else { index::DS }) as u8
+        }
+        (_, r) => number(r) % 6,
     }
 }
 

@@ -149,12 +149,8 @@ mod tests {
     #[test]
     fn every_combination_survives() {
         for n in 0..64u64 {
-            let flags = ((n & 1) * CF)
-                | ((n >> 1 & 1) * PF)
-                | ((n >> 2 & 1) * AF)
-                | ((n >> 3 & 1) * ZF)
-                | ((n >> 4 & 1) * SF)
-                | (n >> 5 & 1) * OF;
+            let bits = [CF, PF, AF, ZF, SF, OF];
+            let flags: u64 = (0..6).filter(|i| n >> i & 1 != 0).map(|i| bits[i]).sum();
             assert_eq!(Lazy::from_bits(flags).bits(), flags);
             assert_eq!(Lazy::from_bits(flags).with_cf(true).bits(), flags | CF);
         }
