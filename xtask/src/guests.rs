@@ -42,9 +42,9 @@ pub fn build() -> Result<PathBuf> {
         .context("cannot start cargo")?;
     ensure!(status.success(), "the guests in guests/bare do not build");
     let dir = target.join("guest");
-    // Multiboot 1 loaders want ELF32.
+    // Multiboot 1 loaders want ELF32; without the note no loader takes it for PVH.
     let status = Command::new("objcopy")
-        .args(["--output-target", "elf32-i386"])
+        .args(["--output-target", "elf32-i386", "--remove-section", ".note.Xen"])
         .args([dir.join("multiboot"), dir.join("multiboot.elf32")])
         .status()
         .context("cannot start objcopy (Debian package binutils)")?;

@@ -68,12 +68,14 @@ pub fn pdpte(n: usize) -> *mut u64 {
 }
 
 /// Reads an entry.
+#[allow(clippy::not_unsafe_ptr_arg_deref, reason = "pte, pde and pdpte make these pointers")]
 pub fn get(entry: *mut u64) -> u64 {
     // SAFETY: pte, pde and pdpte give valid pointers; the CPU writes them too.
     unsafe { entry.read_volatile() }
 }
 
 /// Writes an entry and drops `address` from the TLB.
+#[allow(clippy::not_unsafe_ptr_arg_deref, reason = "pte, pde and pdpte make these pointers")]
 pub fn set(entry: *mut u64, value: u64, address: u64) {
     // SAFETY: pte, pde and pdpte give valid pointers.
     unsafe { entry.write_volatile(value) };

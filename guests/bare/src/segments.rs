@@ -59,6 +59,7 @@ struct Cpus([UnsafeCell<PerCpu>; 2]);
 // SAFETY: each CPU touches only its own entry.
 unsafe impl Sync for Cpus {}
 
+#[allow(clippy::declare_interior_mutable_const, reason = "copied into the array, never used itself")]
 const NEW_CPU: UnsafeCell<PerCpu> = UnsafeCell::new(PerCpu {
     stacks: [[0; STACK]; 5],
     tss: TaskState {

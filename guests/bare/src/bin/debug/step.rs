@@ -100,7 +100,7 @@ fn trace(t: &mut Report) {
     let f = Frame { rcx: 3, rsi: page, rdi: page + 64, ..Frame::kernel(strings()) };
     t.eq("every element", steps(f), (UD, 0x0023));
     // PUSHFQ 1, AND 8, POPFQ 9: POPFQ itself is still stepped, being traced by the TF before it.
-    t.eq("POPF clears TF", steps(Frame::kernel(popf_off())), (UD, 0x18_9));
+    t.eq("POPF clears TF", steps(Frame::kernel(popf_off())), (UD, 0x189));
     trap::hook(DB, None);
     clear();
 }

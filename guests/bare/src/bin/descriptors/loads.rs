@@ -199,7 +199,7 @@ fn questions(t: &mut Report) {
         core::array::from_fn::<_, 4, _>(|what| ask(what as u32, SLOT | rpl))
     };
     let rights = |access: u8| Some(0xc0_0000 | u32::from(access) << 8);
-    let limit = Some(0x4321_fff);
+    let limit = Some(0x0432_1fff);
     t.eq("questions on data", all(WRITABLE, 0), [rights(WRITABLE), limit, Some(0), Some(0)]);
     t.eq("on read-only data", all(READ_ONLY, 0), [rights(READ_ONLY), limit, Some(0), None]);
     t.eq("on readable code", all(READABLE_CODE, 0), [rights(READABLE_CODE), limit, Some(0), None]);

@@ -89,7 +89,7 @@ fn crossing(t: &mut Report) {
     let got = (trap.frame.error & 3, trap.frame.rip, trap.cr2);
     t.eq("fetch across pages", got, (0, first + 0xffe, first + 0x1000));
     map(3, frame(3), P | W);
-    write(frame(3), 0x0b0f_07);
+    write(frame(3), 0x000b_0f07);
     let trap = go(push(), Frame { rsp: first + 0x1004, rax: 0x1122_3344_5566_7788, ..f });
     t.eq("PUSH across pages", (trap.frame.vector, trap.frame.rsp), (UD, first + 0xffc));
     t.eq("PUSH across pages, low", read(frame(2) + 0xff8) >> 32, 0x5566_7788);
