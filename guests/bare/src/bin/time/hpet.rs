@@ -60,9 +60,13 @@ fn interrupt(t: &mut Report, hpet: Hpet, pm: PmTimer, period: u64) {
     let pin = 63 - pins.leading_zeros();
     pic::route(pin, 0x90, apic::id());
     let ticks = 10_000_000_000_000 / period.max(1);
-    let begin = pm.read();
+    // Stopped while it is set up: between two writes a comparator may match.
+    hpet.write(CONFIG, 0);
+    hpet.write(COUNTER, 0);
+    hpet.write(COMPARATOR0, ticks);
     hpet.write(TIMER0, u64::from(pin) << 9 | 1 << 2);
-    hpet.write(COMPARATOR0, hpet.read(COUNTER) + ticks);
+    let begin = pm.read();
+    hpet.write(CONFIG, 1);
     t.check("HPET timer 0 fires", timer::until(|| trap::count(0x90) != 0));
     t.within("not before its 10 ms", pm.since(begin) * 1000 / PM_HZ, 9, 3000);
     cpu::sti();
@@ -70,9 +74,12 @@ fn interrupt(t: &mut Report, hpet: Hpet, pm: PmTimer, period: u64) {
     cpu::cli();
     t.eq("and once", trap::count(0x90), 1);
     if hpet.read(TIMER0) & 1 << 4 != 0 {
+        hpet.write(CONFIG, 0);
+        hpet.write(COUNTER, 0);
         hpet.write(TIMER0, u64::from(pin) << 9 | 1 << 2 | 1 << 3 | 1 << 6);
-        hpet.write(COMPARATOR0, hpet.read(COUNTER) + ticks);
         hpet.write(COMPARATOR0, ticks);
+        hpet.write(COMPARATOR0, ticks);
+        hpet.write(CONFIG, 1);
         t.check("HPET timer 0, periodic", timer::until(|| trap::count(0x90) >= 4));
     }
     hpet.write(TIMER0, 0);
