@@ -11,7 +11,7 @@ use machine::cpu::{Activity, Debug, Exit, State, Stop, Vcpu as _};
 use machine::irq::{Controllers, LocalApics, Msi};
 use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use x86::cpuid::{Config, Cpuid, Model, Vendor};
+use x86::cpuid::{Config, Cpuid, Feature, Model, Vendor};
 use x86::{Segment, gpr, segment::index};
 
 /// Where the programs lie.
@@ -204,6 +204,28 @@ fn a_triple_fault_is_reported_and_stays() {
     assert_eq!(g.run(), Exit::TripleFault);
     assert_eq!(g.vcpu.state().unwrap().activity, Activity::Shutdown);
     assert_eq!(g.run(), Exit::TripleFault);
+}
+
+#[test]
+fn vector_state_goes_out_and_in() {
+    let Some(mut g) = guest(&[0xeb, 0xfe]) else { return };
+    let has = |feature| g.vm.features().has(feature);
+    let (xcr0, width) = match (has(Feature::XSAVE), has(Feature::AVX)) {
+        (true, true) => (7, 32),
+        (true, false) => (3, 16),
+        (false, _) => (1, 16),
+    };
+    let mut state = g.vcpu.state().unwrap();
+    state.xcr0 = xcr0;
+    for (n, ymm) in state.fpu.ymm.iter_mut().enumerate() {
+        (0..width).for_each(|i| ymm[i] = (32 * n + i) as u8);
+    }
+    state.fpu.st[7] = [9; 10];
+    state.fpu.ftw = 0x80;
+    state.fpu.mxcsr = 0x1fa0;
+    g.vcpu.set_state(&state).unwrap();
+    let back = g.vcpu.state().unwrap();
+    assert_eq!((back.xcr0, back.fpu), (xcr0, state.fpu));
 }
 
 #[test]
