@@ -224,7 +224,7 @@ fn interrupts_wait_one_instruction_after_sti() {
         &[0xfb, 0xff, 0xc3, 0xff, 0xc3],                                     // sti; inc ebx; inc ebx
         &STOP,
     ]));
-    let entry = 0x7000 + 16 * 0x10 | 8 << 16 | 0x8e00u64 << 32;
+    let entry = (0x7000 + 16 * 0x10) | (8 << 16) | 0x8e00u64 << 32;
     guest.memory.store(gate(0x40), entry);
     guest.memory.store(gate(0x40) + 8, 0u64);
     guest.set(|s| (s.idtr.limit, s.gpr[RBX]) = (0xfff, 0));

@@ -86,7 +86,7 @@ impl Guest {
             memory.store(0x3000 + 8 * n, n << 21 | 0x83);
         }
         for n in 0..512 {
-            guest.memory.store(TABLE + 8 * n, PAGES + (n << 12) | 0x3);
+            guest.memory.store(TABLE + 8 * n, (PAGES + (n << 12)) | 0x3);
         }
         let memory = &guest.memory;
         memory.store(GDT + 8, 0x00af_9b00_0000_ffffu64);
@@ -125,12 +125,12 @@ impl Guest {
 
     /// Sets the entry of the page of [`PAGES`] that holds `linear`.
     pub fn map(&self, linear: u64, entry: u64) {
-        self.memory.store(TABLE + 8 * (linear - PAGES >> 12), entry);
+        self.memory.store(TABLE + 8 * ((linear - PAGES) >> 12), entry);
     }
 
     /// The entry of the page of [`PAGES`] that holds `linear`.
     pub fn entry(&self, linear: u64) -> u64 {
-        self.memory.load(TABLE + 8 * (linear - PAGES >> 12))
+        self.memory.load(TABLE + 8 * ((linear - PAGES) >> 12))
     }
 
     /// Runs until the snippet stops. For exceptions in long mode the frame is undone, all but the flags.
@@ -144,7 +144,7 @@ impl Guest {
         if !(HANDLERS..HANDLERS + 0x200).contains(&state.rip) || state.cr0 & cr0::PG == 0 {
             return (End::Stopped, state);
         }
-        let vector = (state.rip - HANDLERS >> 4) as u8;
+        let vector = ((state.rip - HANDLERS) >> 4) as u8;
         let has_code = matches!(vector, 8 | 10..=14 | 17);
         let mut sp = state.gpr[x86::gpr::RSP];
         let code = has_code.then(|| self.memory.load(sp));
