@@ -25,7 +25,7 @@ pub type Id = u32;
 /// Where a block went last, so that the way there need not be looked up again.
 #[derive(Clone, Copy, Default)]
 struct Link {
-    rip: u64,
+    linear: u64,
     context: u64,
     to: Id,
 }
@@ -87,11 +87,12 @@ impl Cache {
         if id == SINGLE { self.single.as_ref() } else { self.blocks.get(id as usize) }
     }
 
-    /// The block that followed `from` when it last ended at this RIP, if that is still right.
+    /// The block that followed `from` when it last ended at this address, if that is still right.
     #[inline]
     pub fn follow(&self, from: Id, core: &Core) -> Option<Id> {
         let block = self.blocks.get(from as usize)?;
-        let fits = |l: &Link| l.rip == core.rip && l.context == core.context;
+        let linear = core.code_linear(core.rip);
+        let fits = |l: &Link| l.linear == linear && l.context == core.context;
         let link = block.links.iter().find(|l| fits(l))?;
         let next = self.blocks.get(link.to as usize)?;
         let fresh = next.second.is_none() && core.memory.code().generation(next.offset) == next.generation;
@@ -105,7 +106,8 @@ impl Cache {
         }
         if let Some(block) = self.blocks.get_mut(from as usize) {
             block.turn = !block.turn;
-            block.links[usize::from(block.turn)] = Link { rip: core.rip, context: core.context, to };
+            block.links[usize::from(block.turn)] =
+                Link { linear: core.code_linear(core.rip), context: core.context, to };
         }
     }
 
@@ -208,8 +210,7 @@ fn options(core: &Core) -> u32 {
 fn one(core: &mut Core, bytes: &[u8], at: u64, ops: &mut Vec<Op>) -> Result<bool> {
     let mut decoder = Decoder::with_ip(core.bits.into(), bytes, at, options(core));
     let i = decoder.decode();
-    if i.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() >= LONGEST {
-        // Longer than 15 bytes.
+    if i.is_invalid() && bytes.len() >= LONGEST && too_long(bytes, core.bits) {
         return core.raise(Exception::GP0);
     }
     let mut op = compile(&i, core.bits, &core.cpuid);
@@ -218,6 +219,31 @@ fn one(core: &mut Core, bytes: &[u8], at: u64, ops: &mut Vec<Op>) -> Result<bool
     }
     ops.push(op);
     Ok(ends(&i))
+}
+
+/// Whether an instruction that iced refuses would be one if it were not longer than 15 bytes: it is looked at without the
+/// prefixes that repeat.
+fn too_long(bytes: &[u8], bits: u8) -> bool {
+    let prefix = |b: u8| {
+        matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+            || bits == 64 && b & 0xf0 == 0x40
+    };
+    let prefixes = bytes.iter().take_while(|&&b| prefix(b)).count();
+    if prefixes == bytes.len() {
+        return true;
+    }
+    let (before, rest) = bytes.split_at(prefixes);
+    let mut short: Vec<u8> = Vec::with_capacity(2 * LONGEST);
+    for &b in before {
+        if short.last() != Some(&b) {
+            short.push(b);
+        }
+    }
+    let dropped = prefixes - short.len();
+    short.extend(rest);
+    short.resize(2 * LONGEST, 0);
+    let i = Decoder::new(bits.into(), &short, DecoderOptions::NONE).decode();
+    !i.is_invalid() && i.len() + dropped > LONGEST
 }
 
 /// Whether the block ends with this instruction. It goes on after a conditional branch, which may not be taken.

@@ -40,8 +40,6 @@ pub mod attention {
     pub const DEBUGGER: u32 = 1 << 3;
     /// Halted, waiting for SIPI, shut down.
     pub const IDLE: u32 = 1 << 4;
-    /// A #DB trap waits: DR6 bits in [`super::Core::pending_db`].
-    pub const DB: u32 = 1 << 5;
     /// An exception or interrupt waits that came with a state from outside, or an NMI.
     pub const EVENT: u32 = 1 << 6;
     /// RF is set: it lasts for one instruction.
@@ -107,6 +105,8 @@ pub struct Core {
     pub pv: crate::pv::Pv,
     /// An event was delivered, or SYSCALL executed: no single-step trap follows the instruction.
     pub delivered: bool,
+    /// MOV SS or POP SS was executed: debug traps wait until after the next instruction.
+    pub traps_wait: bool,
 }
 
 impl Core {
@@ -278,7 +278,9 @@ impl Core {
         let code = (0..4).any(|n| enabled(n) && kind(n) == 0);
         let data = (0..4).any(|n| enabled(n) && kind(n) & 1 != 0);
         let debugger = self.debug.step || !self.debug.breakpoints.is_empty();
-        self.attend(attention::BREAKPOINTS, code);
+        let ports = self.s.cr4 & cr4::DE != 0 && (0..4).any(|n| enabled(n) && kind(n) == 2);
+        // Data breakpoints trap right after the instruction, so each is looked at.
+        self.attend(attention::BREAKPOINTS, code || data || ports);
         self.attend(attention::DEBUGGER, debugger || !self.debug.watchpoints.is_empty());
         self.watched = data || !self.debug.watchpoints.is_empty();
         self.tlb.flush_all();
@@ -330,6 +332,7 @@ impl Core {
             watched: false,
             pv: crate::pv::Pv::default(),
             delivered: false,
+            traps_wait: false,
         };
         core.load_state(&state);
         core

@@ -216,7 +216,7 @@ impl Cpu {
             return Ok(Some(Exit::Debug(Stop::Breakpoint(linear))));
         }
         let resume = core.rflags & flags::RF != 0;
-        if core.attention & attention::BREAKPOINTS != 0 && !resume {
+        if core.attention & attention::BREAKPOINTS != 0 && !resume && !core.traps_wait {
             let bits = core.breakpoints_at(linear);
             if bits != 0 {
                 // A fault, unlike other #DBs: RF in the frame lets the instruction pass afterwards.
@@ -229,12 +229,12 @@ impl Cpu {
         let trap = core.rflags & flags::TF != 0;
         core.rflags &= !flags::RF;
         core.attend(attention::RESUME | attention::SHADOW, false);
+        core.traps_wait = false;
         let result = self.one();
         let core = &mut self.core;
         match result {
             Err(Fault) => {
                 core.pending_db = 0;
-                core.attend(attention::DB, false);
                 self.exception()?;
             }
             Ok(flow) => {
@@ -251,12 +251,13 @@ impl Cpu {
     /// Single-step and data breakpoint traps after an instruction.
     fn traps(&mut self, single: bool) -> std::result::Result<(), Shutdown> {
         let core = &mut self.core;
+        if core.traps_wait {
+            return Ok(());
+        }
         let mut bits = std::mem::take(&mut core.pending_db);
-        core.attend(attention::DB, false);
         if single && !core.delivered {
             bits |= dr6::BS;
         }
-        // MOV SS holds traps back, too; STI does not.
         if bits != 0 {
             let e = core.debug_exception(bits);
             core.deliver_exception(e)?;

@@ -1,5 +1,6 @@
 //! Breakpoints and watchpoints: the guest's in DR0–DR7, and the debugger's.
 
+use x86::control::cr4;
 use x86::exception::vector;
 
 use crate::core::Core;
@@ -33,12 +34,27 @@ impl Core {
                 && (write || kind == 3)
             {
                 self.pending_db |= 1 << n;
-                self.attend(crate::core::attention::DB, true);
             }
         }
         let hit = self.debug.watchpoints.iter().find(|&&(at, len, reads)| meets(at, len) && (write || reads));
         if let Some(&(at, _, _)) = hit {
             self.watch_hit = Some(at);
+        }
+    }
+
+    /// Notes the breakpoints on I/O that an access to ports meets.
+    pub fn check_port_watch(&mut self, port: u16, size: u8) {
+        if self.s.cr4 & cr4::DE == 0 {
+            return;
+        }
+        let (first, last) = (u64::from(port), u64::from(port) + u64::from(size) - 1);
+        for n in 0..4 {
+            let enabled = self.s.dr7 >> (2 * n) & 3 != 0 && self.s.dr7 >> (16 + 4 * n) & 3 == 2;
+            let len = [1, 2, 8, 4][(self.s.dr7 >> (18 + 4 * n) & 3) as usize];
+            let at = self.s.dr[n] & !(len - 1);
+            if enabled && first < at.saturating_add(len) && at <= last {
+                self.pending_db |= 1 << n;
+            }
         }
     }
 

@@ -205,6 +205,7 @@ pub fn mov_to<const M: bool>(c: &mut Core, op: &Op) -> Result<Flow> {
 fn loaded(c: &mut Core, n: usize) -> Flow {
     if n == index::SS {
         c.attend(crate::core::attention::SHADOW, true);
+        c.traps_wait = true;
         Flow::End
     } else {
         Flow::Next

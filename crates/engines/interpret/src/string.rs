@@ -248,9 +248,7 @@ fn run<T: Word, B: Body<T>>(c: &mut Core, op: &Op) -> Result<Flow> {
                 return Ok(if c.hit { Flow::End } else { Flow::Next });
             }
         }
-        if c.hit {
-            break;
-        }
+        // Overwriting itself does not stop it: what was fetched goes on until something interrupts it.
     }
     let left = c.r[RCX] & mask(op);
     Ok(if left == 0 { Flow::End } else { Flow::Again })

@@ -58,12 +58,14 @@ impl Core {
     /// Reads a port.
     pub fn port_read(&mut self, port: u16, size: u8) -> u64 {
         self.count.ports += 1;
+        self.check_port_watch(port, size);
         self.machine.ports.read(port.into(), size)
     }
 
     /// Writes a port.
     pub fn port_write(&mut self, port: u16, size: u8, value: u64) {
         self.count.ports += 1;
+        self.check_port_watch(port, size);
         self.machine.ports.write(port.into(), size, value);
     }
 
@@ -180,6 +182,9 @@ impl Core {
             self.tlb.flush_all();
         }
         self.rights_changed();
+        if changed & cr4::DE != 0 {
+            self.breakpoints_changed();
+        }
         Ok(())
     }
 

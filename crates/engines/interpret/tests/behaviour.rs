@@ -246,3 +246,26 @@ fn real_mode_interrupts_and_limits() {
     assert_eq!((state.segments[1].selector, state.rip), (0x200, 2), "a word beyond the limit is a #GP");
     assert_eq!(guest.memory.load::<u16>(state.gpr[RSP]), 0x8002);
 }
+
+#[test]
+fn the_same_offset_in_another_segment_is_other_code() {
+    // again: inc ax; dec cx; jz done; jmp far 0x100:0x8000, where: add ax, 16; dec cx; jz done; jmp far 0:0x8000
+    let mut guest = Guest::real(&[0x40, 0x49, 0x74, 5, 0xea, 0, 0x80, 0, 1, 0xe6, 0xf4]);
+    guest.memory.write(0x9000, &[0x83, 0xc0, 16, 0x49, 0x74, 5, 0xea, 0, 0x80, 0, 0, 0xe6, 0xf4]);
+    guest.set(|s| s.gpr[RCX] = 20);
+    assert_eq!(guest.run().1.gpr[RAX], 170);
+}
+
+#[test]
+fn more_than_15_bytes_are_a_general_protection_fault() {
+    let mut guest = Guest::long(&[[0x2e; 15].as_slice(), &[0x90]].concat());
+    assert_eq!(guest.run().0, End::Exception(GP, Some(0), CODE));
+}
+
+#[test]
+fn mov_ss_keeps_traps_back() {
+    // mov ss, ax; inc ebx; inc ebx
+    let mut guest = Guest::long(&code(&[&[0x8e, 0xd0, 0xff, 0xc3, 0xff, 0xc3], &STOP]));
+    guest.set(|s| (s.gpr[RAX], s.rflags) = (16, s.rflags | flags::TF));
+    assert_eq!(guest.run().0, End::Exception(DB, None, CODE + 4));
+}
