@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::termios::{self, OptionalActions, Termios};
 
@@ -70,7 +71,7 @@ impl Escapes {
     }
 }
 
-/// Reads standard input until its end, handing bytes to `guest` and escapes to `ask`. Input that is no terminal ends with
+/// Reads standard input for ever, handing bytes to `guest` and escapes to `ask`. Input that is no terminal ends with
 /// Ctrl-D, so that a shell fed by a pipe ends.
 pub fn pump(raw: bool, guest: impl Fn(&[u8]), ask: impl Fn(Ask)) {
     let mut stdin = std::io::stdin().lock();
@@ -89,8 +90,10 @@ pub fn pump(raw: bool, guest: impl Fn(&[u8]), ask: impl Fn(Ask)) {
             Err(_) => break,
         }
     }
-    if !raw {
+    // A guest that does not listen yet loses the sign, so it is given again until the guest ends.
+    while !raw {
         guest(&[0x04]);
+        std::thread::sleep(Duration::from_secs(1));
     }
 }
 
