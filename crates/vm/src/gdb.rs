@@ -333,7 +333,11 @@ impl Guest {
         let tid = tid(n);
         match why {
             Stop::Step => MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGTRAP },
-            Stop::Breakpoint(_) => MultiThreadStopReason::SwBreak(tid),
+            // gdb takes RIP for an address. Where CS has a base it finds no breakpoint of its own there and would go on.
+            Stop::Breakpoint(at) => match self.cpus.call(n, |vcpu| vcpu.state()) {
+                Some(Ok(state)) if state.rip == at => MultiThreadStopReason::SwBreak(tid),
+                _ => MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGTRAP },
+            },
             Stop::Watchpoint(addr) => {
                 let written = |w: &&(u64, u64, bool)| addr.wrapping_sub(w.0) < w.1;
                 let kind = match self.watchpoints.iter().find(written) {

@@ -326,7 +326,8 @@ impl Cpuid {
             self.push(0x8000_0005, None, Leaf::new(0xff40_ff40, 0xff40_ff40, 0x2008_0140, 0x2008_0140));
             self.push(0x8000_0006, None, Leaf::new(0, 0, 0x0200_6140, 0x0080_8140));
         }
-        self.push(0x8000_0007, None, Leaf::new(0, 0, 0, 1 << 8)); // invariant TSC
+        // No invariant TSC: a guest may be moved to where it has another rate; the paravirtual clock knows.
+        self.push(0x8000_0007, None, Leaf::default());
         let cores = config.vcpus.clamp(1, 256);
         let ecx = if self.vendor == Vendor::Amd && cores > 1 {
             (cores - 1) | cores.next_power_of_two().trailing_zeros() << 12
