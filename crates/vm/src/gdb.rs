@@ -45,6 +45,7 @@ pub fn serve(listener: TcpListener, cpus: &Arc<Cpus>, memory: &Memory, power: &P
         breakpoints: Vec::new(),
         watchpoints: Vec::new(),
         stepping: Vec::new(),
+        before: None,
     };
     let run = move || {
         for connection in listener.incoming() {
@@ -82,6 +83,8 @@ struct Guest {
     watchpoints: Vec<(u64, u64, bool)>,
     /// vCPUs that are to execute one instruction.
     stepping: Vec<usize>,
+    /// The vCPU that stands before a breakpoint which gdb does not recognize, and so does not step over by itself.
+    before: Option<usize>,
 }
 
 fn tid(index: usize) -> Tid {
@@ -103,6 +106,17 @@ impl Guest {
             };
             self.cpus.debug(n, debug).is_ok()
         })
+    }
+
+    /// Has a vCPU execute the instruction that it stands before, whatever breakpoint is there.
+    fn step_over(&self, n: usize) {
+        if self.cpus.debug(n, Debug { step: true, ..Debug::default() }).is_ok() {
+            self.cpus.resume(n);
+            // In a halt the step does not end; then the vCPU is past the instruction all the same.
+            let _ = self.stops.recv_timeout(POLL);
+            self.cpus.pause_all();
+            while self.stops.try_recv().is_ok() {}
+        }
     }
 
     /// Copies between `len` bytes at a linear address and guest memory, a page at a time; how many were copied.
@@ -190,6 +204,9 @@ impl MultiThreadBase for Guest {
 
 impl MultiThreadResume for Guest {
     fn resume(&mut self) -> Result<(), Self::Error> {
+        if let Some(n) = self.before.take().filter(|_| self.stepping.is_empty()) {
+            self.step_over(n);
+        }
         if !self.arm() {
             return Err("this engine cannot watch so many addresses at once");
         }
@@ -336,7 +353,10 @@ impl Guest {
             // gdb takes RIP for an address. Where CS has a base it finds no breakpoint of its own there and would go on.
             Stop::Breakpoint(at) => match self.cpus.call(n, |vcpu| vcpu.state()) {
                 Some(Ok(state)) if state.rip == at => MultiThreadStopReason::SwBreak(tid),
-                _ => MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGTRAP },
+                _ => {
+                    self.before = Some(n);
+                    MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGTRAP }
+                }
             },
             Stop::Watchpoint(addr) => {
                 let written = |w: &&(u64, u64, bool)| addr.wrapping_sub(w.0) < w.1;
