@@ -12,12 +12,16 @@ pub fn lodge() -> PathBuf {
     if let Some(path) = std::env::var_os("LODGE_BIN") {
         return path.into();
     }
-    // …/target/debug/deps/test-hash → …/target/release/lodge
-    let test = std::env::current_exe().expect("a test has a path");
-    let target = test.ancestors().nth(3).expect("a test is in target/PROFILE/deps");
-    let path = target.join("release/lodge");
+    let path = target().join("release/lodge");
     assert!(path.exists(), "{} is missing: build it with `cargo build --release`", path.display());
     path
+}
+
+/// Where cargo builds.
+pub fn target() -> PathBuf {
+    // …/target/debug/deps/test-hash
+    let test = std::env::current_exe().expect("a test has a path");
+    test.ancestors().nth(3).expect("a test is in target/PROFILE/deps").into()
 }
 
 /// A directory of the test's own, removed at its end.

@@ -1,9 +1,9 @@
-//! Builds the bare-metal guests of `guests/bare`, and runs one under QEMU.
+//! Builds the bare-metal guests of `guests/bare`.
 
 use std::{
     env,
     path::{Path, PathBuf},
-    process::{Command, ExitStatus, Stdio},
+    process::Command,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -50,17 +50,4 @@ pub fn build() -> Result<PathBuf> {
         .context("cannot start objcopy (Debian package binutils)")?;
     ensure!(status.success(), "objcopy cannot make the multiboot guest an ELF32 file");
     Ok(dir)
-}
-
-/// Runs the guest `name` of `dir` under QEMU's own translator, two CPUs, its COM1 on standard output; ends it
-/// after two minutes.
-pub fn run_qemu(dir: &Path, name: &str) -> Result<ExitStatus> {
-    Command::new("timeout")
-        .args(["--kill-after=5", "120", "qemu-system-x86_64"])
-        .args("-machine q35,accel=tcg -cpu max -smp 2 -m 128 -no-reboot -display none".split(' '))
-        .args("-serial stdio -monitor none -device isa-debug-exit,iobase=0xf4,iosize=4 -kernel".split(' '))
-        .arg(dir.join(name))
-        .stdin(Stdio::null())
-        .status()
-        .context("cannot start timeout and qemu-system-x86_64 (Debian package qemu-system-x86)")
 }

@@ -1,8 +1,6 @@
 //! The project's own chores, run as `cargo xtask …`.
 #![forbid(unsafe_code)]
 
-// Running them under QEMU is for tests to come.
-#[allow(dead_code)]
 mod guests;
 mod nested;
 mod packages;
@@ -22,6 +20,8 @@ struct Cli {
 enum Command {
     /// Run all that CI runs: formatting, lints, licences, tests
     Test(test::Args),
+    /// Build the bare-metal guests that tests run
+    Guests,
     /// Boot the nested bed, where KVM works on every host, and run Lodge in it
     Nested {
         /// Show what the outer guest prints
@@ -36,6 +36,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
+        Command::Guests => guests::build().map(|dir| println!("{}", dir.display())),
         Command::Nested { verbose, boots } => nested::run(verbose, boots),
     }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::{packages, sh};
+use crate::{guests, nested, packages, sh};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -29,9 +29,14 @@ pub fn run(args: &Args) -> Result<()> {
         ]))?;
         sh::run(&mut sh::cargo(&["deny", "--log-level", "error", "check", "licenses", "bans", "sources"]))?;
     }
+    guests::build()?;
     // The end-to-end tests run the command as users have it.
     sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
     let mut nextest = vec!["nextest", "run", "--workspace", "--no-fail-fast"];
     nextest.extend(args.filter.as_deref());
-    sh::run(&mut sh::cargo(&nextest))
+    sh::run(&mut sh::cargo(&nextest))?;
+    if args.filter.is_none() {
+        nested::run(false, 1)?;
+    }
+    Ok(())
 }

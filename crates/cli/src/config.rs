@@ -51,7 +51,8 @@ impl Config {
             }
         };
         toml::from_str(&text).map_err(|e: toml::de::Error| {
-            let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            let line =
+                e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             Usage(format!("{}, line {line}: {}", path.display(), e.message())).into()
         })
     }

@@ -1,0 +1,82 @@
+//! The bare-metal guests of `guests/bare` pass on the reference engine, and the same under QEMU. (On KVM: `cargo xtask nested`.)
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use lodge_tests::{lodge, start, start_with};
+
+/// What a guest that passed writes to the debug-exit port is 0, which is status 1.
+const PASSED: i32 = 1;
+const PATIENCE: Duration = Duration::from_secs(200);
+
+fn guest(name: &str) -> PathBuf {
+    let target = lodge_tests::target();
+    let path = target.join("guest").join(name);
+    assert!(path.exists(), "{} is missing: `cargo xtask guests` builds it", path.display());
+    path
+}
+
+/// Runs a guest on the interpreter, and its checks under QEMU, where that is.
+#[track_caller]
+fn passes(name: &str) {
+    let path = guest(name);
+    let args = [
+        "run",
+        "--engine",
+        "interpret",
+        "--cpus",
+        "2",
+        "--memory",
+        "128M",
+        "--debug-exit",
+        "--no-reboot",
+        "--kernel",
+    ];
+    let args: Vec<String> =
+        args.iter().map(ToString::to_string).chain([path.display().to_string()]).collect();
+    let done = start(&args, "").wait(PATIENCE).expect(PASSED);
+    assert!(!done.out.lines().any(|l| l.starts_with("FAIL")), "{}", done.out);
+
+    if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
+        println!("skipped under QEMU: it is not installed");
+        return;
+    }
+    let mut qemu = Command::new("timeout");
+    qemu.args(["--kill-after=5", "150", "qemu-system-x86_64"])
+        .args("-machine q35,accel=tcg -cpu max -smp 2 -m 128 -no-reboot -display none".split(' '))
+        .args("-serial stdio -monitor none -device isa-debug-exit,iobase=0xf4,iosize=4 -kernel".split(' '))
+        .arg(path);
+    start_with(&mut qemu, "").wait(PATIENCE).expect(PASSED);
+}
+
+macro_rules! suites {
+    ($($test:ident = $name:literal;)*) => {
+        $(#[test]
+        fn $test() {
+            passes($name);
+        })*
+    };
+}
+
+suites! {
+    hello = "hello";
+    faults = "faults";
+    descriptors = "descriptors";
+    debug = "debug";
+    time = "time";
+    interrupts = "interrupts";
+    smp = "smp";
+    self_modifying_code = "selfmod";
+    smallest_integer_by_minus_one = "idiv";
+    garbage_in_every_register = "garbage";
+    multiboot = "multiboot.elf32";
+}
+
+#[test]
+fn a_triple_fault_ends_the_run() {
+    let path = guest("triplefault");
+    let mut command = Command::new(lodge());
+    command.args(["run", "--engine", "interpret", "--kernel"]).arg(path);
+    start_with(&mut command, "").wait(PATIENCE).expect(6);
+}
