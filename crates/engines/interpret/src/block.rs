@@ -22,13 +22,17 @@ const PAGE: u64 = 0x1000;
 /// A block's number in the cache.
 pub type Id = u32;
 
-/// Where a block went last, so that the way there need not be looked up again.
+/// The block that is at a linear address, in a fetch context ([`Core::context`]).
 #[derive(Clone, Copy, Default)]
-struct Link {
+struct Jump {
     linear: u64,
+    /// Never 0 in an entry that is in use.
     context: u64,
     to: Id,
 }
+
+/// Entries of the table of jumps.
+const JUMPS: usize = 4096;
 
 /// A run of decoded instructions, in one page but for the last instruction of one that is alone.
 pub struct Block {
@@ -42,14 +46,13 @@ pub struct Block {
     /// Offset and generation of the page that an instruction reaches into.
     second: Option<(u64, u32)>,
     bits: u8,
-    links: [Link; 2],
-    turn: bool,
 }
 
 /// All blocks of a vCPU.
-#[derive(Default)]
 pub struct Cache {
     blocks: Vec<Block>,
+    /// Blocks by where execution came to, so that most need not be looked up by where they lie in memory.
+    jumps: Box<[Jump; JUMPS]>,
     index: HashMap<u64, Id, Hashing>,
     ops: usize,
     /// A block whose code does not lie in memory, or that is to be looked at only once.
@@ -80,34 +83,48 @@ impl std::hash::Hasher for Mix {
 /// The block that is not in the cache.
 pub const SINGLE: Id = Id::MAX;
 
+#[inline]
+fn slot(linear: u64) -> usize {
+    (linear ^ linear >> 12) as usize & (JUMPS - 1)
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self {
+            blocks: Vec::new(),
+            jumps: Box::new([Jump::default(); JUMPS]),
+            index: HashMap::default(),
+            ops: 0,
+            single: None,
+        }
+    }
+}
+
 impl Cache {
-    /// The block of a number that [`Cache::find`] or [`Cache::follow`] just gave.
+    /// The block of a number that [`Cache::find`] or [`Cache::seen`] just gave.
     #[inline]
     pub fn get(&self, id: Id) -> Option<&Block> {
         if id == SINGLE { self.single.as_ref() } else { self.blocks.get(id as usize) }
     }
 
-    /// The block that followed `from` when it last ended at this address, if that is still right.
+    /// The block at RIP, if it was there before and is still right.
     #[inline]
-    pub fn follow(&self, from: Id, core: &Core) -> Option<Id> {
-        let block = self.blocks.get(from as usize)?;
+    pub fn seen(&self, core: &Core) -> Option<Id> {
         let linear = core.code_linear(core.rip);
-        let fits = |l: &Link| l.linear == linear && l.context == core.context;
-        let link = block.links.iter().find(|l| fits(l))?;
-        let next = self.blocks.get(link.to as usize)?;
-        let fresh = next.second.is_none() && core.memory.code().generation(next.offset) == next.generation;
-        fresh.then_some(link.to)
+        let jump = &self.jumps[slot(linear)];
+        if jump.linear != linear || jump.context != core.context {
+            return None;
+        }
+        let block = self.blocks.get(jump.to as usize)?;
+        let fresh = block.second.is_none() && core.memory.code().generation(block.offset) == block.generation;
+        fresh.then_some(jump.to)
     }
 
-    /// Remembers that `to` followed `from`.
-    pub fn link(&mut self, from: Id, to: Id, core: &Core) {
-        if to == SINGLE {
-            return;
-        }
-        if let Some(block) = self.blocks.get_mut(from as usize) {
-            block.turn = !block.turn;
-            block.links[usize::from(block.turn)] =
-                Link { linear: core.code_linear(core.rip), context: core.context, to };
+    /// Remembers that the block at RIP is `to`.
+    pub fn remember(&mut self, core: &Core, to: Id) {
+        if to != SINGLE {
+            let linear = core.code_linear(core.rip);
+            self.jumps[slot(linear)] = Jump { linear, context: core.context, to };
         }
     }
 
@@ -163,6 +180,7 @@ impl Cache {
     pub fn clear(&mut self, core: &mut Core) {
         core.count.flushes += 1;
         self.blocks.clear();
+        self.jumps.fill(Jump::default());
         self.index.clear();
         self.ops = 0;
     }
@@ -190,16 +208,7 @@ fn block(
     generation: u32,
     second: Option<(u64, u32)>,
 ) -> Block {
-    Block {
-        ops: ops.into(),
-        len,
-        offset,
-        generation,
-        second,
-        bits: core.bits,
-        links: [Link::default(); 2],
-        turn: false,
-    }
+    Block { ops: ops.into(), len, offset, generation, second, bits: core.bits }
 }
 
 fn options(core: &Core) -> u32 {

@@ -18,35 +18,29 @@ use crate::op::{Fault, Flow, Result, slot};
 pub struct Cpu {
     core: Core,
     cache: Cache,
-    /// The block that ran last, if execution came from it without an event.
-    last: Id,
 }
-
-/// No block.
-const NONE: Id = Id::MAX - 1;
 
 impl Cpu {
     /// A vCPU of `machine` after reset, with its APIC. Number 0 is the boot processor.
     pub fn new(machine: Arc<Machine>, local: Arc<apic::Local>, cpuid: Arc<Cpuid>, index: u32) -> Self {
-        Self { core: Core::new(machine, local, cpuid, index), cache: Cache::default(), last: NONE }
+        Self { core: Core::new(machine, local, cpuid, index), cache: Cache::default() }
     }
 
     /// Delivers the exception that a handler raised.
     #[cold]
     fn exception(&mut self) -> std::result::Result<(), Shutdown> {
         let e = self.core.exception;
-        self.last = NONE;
         self.core.deliver_exception(e)
     }
 
     /// The block at RIP.
     #[inline]
     fn next(&mut self) -> Result<Id> {
-        if let Some(id) = self.cache.follow(self.last, &self.core) {
+        if let Some(id) = self.cache.seen(&self.core) {
             return Ok(id);
         }
         let id = self.cache.find(&mut self.core)?;
-        self.cache.link(self.last, id, &self.core);
+        self.cache.remember(&self.core, id);
         Ok(id)
     }
 
@@ -59,7 +53,6 @@ impl Cpu {
             }
             let result = match self.next() {
                 Ok(id) => {
-                    self.last = id;
                     let Some(block) = self.cache.get(id) else { return Ok(()) };
                     let core = &mut self.core;
                     if core.attention != 0 && over_limit(core, block) {
@@ -86,7 +79,6 @@ impl Cpu {
             return core.gp();
         }
         let id = self.cache.find(core)?;
-        self.last = NONE;
         let Some(block) = self.cache.get(id) else { return Ok(Flow::End) };
         let len = block.ops.first().map_or(0, |op| u64::from(op.len));
         if limited && core.rip + len.saturating_sub(1) > limit {
@@ -97,7 +89,6 @@ impl Cpu {
 
     /// Looks after whatever keeps blocks from running freely, and executes at most one instruction.
     fn attend(&mut self) -> std::result::Result<Option<Exit>, Shutdown> {
-        self.last = NONE;
         if let Some(exit) = self.events()? {
             return Ok(Some(exit));
         }
@@ -364,7 +355,6 @@ impl Vcpu for Cpu {
     fn set_state(&mut self, state: &State) -> std::result::Result<(), Error> {
         self.core.load_state(state);
         self.core.local.set_tsc_offset(state.msrs.tsc_offset);
-        self.last = NONE;
         Ok(())
     }
 
