@@ -91,9 +91,11 @@ pub fn pump(raw: bool, guest: impl Fn(&[u8]), ask: impl Fn(Ask)) {
         }
     }
     // A guest that does not listen yet loses the sign, so it is given again until the guest ends.
-    while !raw {
-        guest(&[0x04]);
-        std::thread::sleep(Duration::from_secs(1));
+    if !raw {
+        loop {
+            guest(&[0x04]);
+            std::thread::sleep(Duration::from_secs(1));
+        }
     }
 }
 

@@ -112,7 +112,8 @@ fn fnstsw_ax(c: &mut Core, _: &Op) -> Result<Flow> {
 fn emms(c: &mut Core, _: &Op) -> Result<Flow> {
     Class::Mmx.check(c)?;
     check_pending(c)?;
-    c.fpu.ftw = 0;
+    // Like all MMX instructions it makes R0 the top, as measured.
+    (c.fpu.ftw, c.fpu.fsw) = (0, c.fpu.fsw & !(7 << 11));
     Ok(Flow::Next)
 }
 

@@ -51,6 +51,8 @@ struct Plan {
     flags: bool,
     /// x87 instructions leave a trace in FIP and FDP.
     x87: bool,
+    /// x87 and MMX instructions report an x87 exception that is pending.
+    waits: bool,
 }
 
 /// The kind of an instruction, which decides about the checks before it.
@@ -153,6 +155,10 @@ fn run<const CLASS: usize>(c: &mut Core, op: &Op) -> Result<Flow> {
     CLASSES[CLASS].check(c)?;
     let Some(instruction) = op.instruction.as_deref() else { return c.ud() };
     let Some((id, plan)) = find(c, instruction) else { return c.ud() };
+    if plan.waits {
+        // Before the operand is looked at: #MF comes before its faults.
+        control::check_pending(c)?;
+    }
     if plan.size == 0 {
         execute(c, op, id, plan)?;
         return Ok(Flow::Next);
@@ -244,6 +250,7 @@ impl Plan {
         let mut plan = Self {
             flags: i.rflags_read() | i.rflags_modified() != 0,
             x87: Class::of(i) == Class::X87,
+            waits: Class::of(i) == Class::X87 || (0..i.op_count()).any(|n| i.op_register(n).is_mm()),
             ..Self::default()
         };
         let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
@@ -282,6 +289,8 @@ fn alignment_counts(i: &Instruction) -> bool {
             | M::Pcmpestri
             | M::Pcmpestrm
     ) || matches!(i.mnemonic(), M::Pcmpestri64 | M::Pcmpestrm64);
+    // AMD's processors do not care with SHA either; Intel's do (SDM vol. 2A, table 2-21).
+    let unaligned = unaligned || i.cpuid_features().contains(&CpuidFeature::SHA);
     i.memory_size().size() == 16 && !unaligned && !is_x87_memory(i.code())
 }
 

@@ -1,0 +1,5 @@
+//! Figures, and the comparison of the interpreter with the real processor.
+#![forbid(unsafe_code)]
+
+pub mod boot;
+pub mod fuzz;
