@@ -22,6 +22,12 @@ enum Command {
     Test(test::Args),
     /// Build the bare-metal guests that tests run
     Guests,
+    /// Figures: fuzz, boot, mips (see `cargo xtask bench help`)
+    Bench {
+        /// What to measure, and how
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Boot the nested bed, where KVM works on every host, and run Lodge in it
     Nested {
         /// Show what the outer guest prints
@@ -36,7 +42,26 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
+        Command::Bench { args } => bench(&args),
         Command::Guests => guests::build().map(|dir| println!("{}", dir.display())),
         Command::Nested { verbose, boots } => nested::run(verbose, boots),
     }
+}
+
+/// Builds what is measured, and measures it.
+fn bench(args: &[String]) -> anyhow::Result<()> {
+    if args.first().is_some_and(|a| a == "mips") {
+        return sh::run(&mut sh::cargo(&[
+            "run",
+            "--quiet",
+            "--release",
+            "-p",
+            "lodge-interpret",
+            "--example",
+            "mips",
+        ]));
+    }
+    sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
+    let mut command = sh::cargo(&["run", "--quiet", "--release", "-p", "lodge-bench", "--"]);
+    sh::run(command.args(args))
 }

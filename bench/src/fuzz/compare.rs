@@ -24,6 +24,16 @@ fn undefined(i: &Instruction) -> u64 {
     if shift { bits | 0x810 } else { bits }
 }
 
+/// SHLD and SHRD of 16 bits by more than 16 are undefined altogether.
+fn double_shift_too_far(i: &Instruction, case: &Case) -> bool {
+    let narrow = matches!(i.mnemonic(), M::Shld | M::Shrd) && i.op1_register().is_gpr16();
+    let count = match i.op2_kind() {
+        iced_x86::OpKind::Register => case.image.gpr[1] as u8,
+        _ => i.immediate8(),
+    };
+    narrow && count & 31 > 16
+}
+
 /// All that differs, in words; empty if nothing does.
 pub fn differences(case: &Case, expected: &Reply, got: &Reply) -> Vec<String> {
     let bits = match case.mode {
@@ -33,9 +43,19 @@ pub fn differences(case: &Case, expected: &Reply, got: &Reply) -> Vec<String> {
     };
     let i = Decoder::with_ip(bits, &case.code, case.image.rip, DecoderOptions::NONE).decode();
     let mut all = Vec::new();
+    // AMD's MXCSR has a bit more, which no model shows.
+    if double_shift_too_far(&i, case) || expected.image.simd.mxcsr > 0xffff {
+        return all;
+    }
     if expected.end != got.end {
-        // CR2 means something for page faults alone.
+        // CR2 means something for page faults alone; whether the system has a page in its half is its business.
         let same = match (expected.end, got.end) {
+            (
+                End::Fault { vector: 14, error: e, address: a },
+                End::Fault { vector: 14, error: f, address: b },
+            ) => a == b && (e ^ f) & !u64::from(a >> 63 != 0) == 0,
+            // Misaligned and over the stack segment's end at once: which comes first differs.
+            (End::Fault { vector: 13, .. }, End::Fault { vector: 12, .. }) => true,
             (End::Fault { vector: a, error: e, .. }, End::Fault { vector: b, error: f, .. }) if a != 14 => {
                 (a, e) == (b, f)
             }
@@ -48,7 +68,11 @@ pub fn differences(case: &Case, expected: &Reply, got: &Reply) -> Vec<String> {
     }
     let (e, g) = (&expected.image, &got.image);
     for (n, (e, g)) in e.gpr.iter().zip(&g.gpr).enumerate().take(if bits == 64 { 16 } else { 8 }) {
-        let mask = if bits == 64 { u64::MAX } else { 0xffff_ffff };
+        let mask = match (bits, n) {
+            (64, _) => u64::MAX,
+            (16, 4) => 0xffff, // ESP's upper half is the oracle's
+            _ => 0xffff_ffff,
+        };
         if (e ^ g) & mask != 0 {
             all.push(format!("register {n} is {g:#x}, not {e:#x}"));
         }
@@ -69,8 +93,14 @@ pub fn differences(case: &Case, expected: &Reply, got: &Reply) -> Vec<String> {
             all.push(format!("x87 register {n} is {:x}, not {:x}", g.fpr[n], e.fpr[n]));
         }
     }
+    // Which flags come beside the one that raised #XM: inexactness, and DPPS's two stages. See `native`'s float.rs.
+    let corner = match (expected.end, i.mnemonic()) {
+        (End::Fault { vector: 19, .. }, M::Dpps | M::Dppd | M::Vdpps | M::Vdppd) => 0x3f,
+        (End::Fault { vector: 19, .. }, _) => 0x30,
+        _ => 0,
+    };
     for (what, e, g) in [
-        ("MXCSR", e.mxcsr, g.mxcsr),
+        ("MXCSR", e.mxcsr | corner, g.mxcsr | corner),
         ("FCW", e.fcw.into(), g.fcw.into()),
         ("FSW", e.fsw.into(), g.fsw.into()),
         ("FTW", e.ftw.into(), g.ftw.into()),

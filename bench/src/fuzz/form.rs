@@ -1,8 +1,8 @@
 //! Forms of instructions, and random cases of them.
 
 use iced_x86::{
-    Code, CpuidFeature as F, Encoder, EncodingKind, Instruction, MemorySize, Mnemonic as M,
-    OpCodeOperandKind as K, OpKind, Register,
+    Code, CpuidFeature as F, Encoder, EncodingKind, Instruction, Mnemonic as M, OpCodeOperandKind as K,
+    OpKind, Register,
 };
 use native::oracle::{CODE, Case, CpuImage, DATA, DATA_SIZE, Mode, READ_ONLY, WINDOW};
 
@@ -70,10 +70,27 @@ fn suits(code: Code, mode: Mode) -> bool {
             // Their environment holds pointers and opcodes, which processors differ in.
             | M::Fnstenv | M::Fnsave | M::Fldenv | M::Frstor | M::Fnstdw | M::Fnstsg | M::Fstdw | M::Fstsg | M::Frstpm
             | M::Fnsetpm | M::Fsetpm
+            // FWAIT and an instruction, to assemblers; pops of TF, to the oracle a trap.
+            | M::Finit | M::Fclex | M::Fdisi | M::Feni | M::Fsave | M::Fstcw | M::Fstenv | M::Fstsw
+            | M::Popf | M::Popfd | M::Popfq
+            // An alias that no assembler makes.
+            | M::Fstpnce
             // Undefined here and there by design.
             | M::Ud1 | M::Ud2 | M::Jmpe | M::Montmul | M::Loadall | M::Reservednop | M::Clzero
     );
-    !left_out && code.cpuid_features().iter().all(|f| has(*f))
+    // Far branches meet the descriptors of the system; the oracle has no upper half of ESP in 16-bit code.
+    let far = matches!(
+        code,
+        Code::Call_m1616
+            | Code::Call_m1632
+            | Code::Call_m1664
+            | Code::Jmp_m1616
+            | Code::Jmp_m1632
+            | Code::Jmp_m1664
+    );
+    let esp =
+        mode == Mode::Protected16 && matches!(code, Code::Enterd_imm16_imm8 | Code::Pushad | Code::Leaved);
+    !left_out && !far && !esp && code.cpuid_features().iter().all(|f| has(*f))
 }
 
 /// Features that both sides have where there is AVX2; the host's are asked for by the guest's processor.
@@ -156,7 +173,7 @@ impl Form {
             Mode::Protected16 => (16, 0),
         };
         image.rip = if self.mode == Mode::Protected16 { 0x100 } else { CODE + 0x100 };
-        image.rflags = 0x202 | random.next() & 0x8d5;
+        image.rflags = 0x202 | random.bits() & 0x8d5;
         if random.one_in(4) {
             image.rflags |= 1 << 10; // DF
         }
@@ -262,7 +279,7 @@ impl Form {
             K::eax => register(Register::EAX, 1),
             K::rax => register(Register::RAX, 1),
             K::imm8 => {
-                let value = random.next() as u8;
+                let value = random.bits() as u8;
                 if i.op_count() > n
                     && (0..n)
                         .any(|m| i.op_kind(m) == OpKind::Immediate8 || i.op_kind(m) == OpKind::Immediate16)
@@ -281,15 +298,15 @@ impl Form {
             }
             K::imm8sex16 => {
                 i.set_op_kind(n, OpKind::Immediate8to16);
-                i.set_immediate8to16(random.next() as i8 as i16);
+                i.set_immediate8to16(random.bits() as i8 as i16);
             }
             K::imm8sex32 => {
                 i.set_op_kind(n, OpKind::Immediate8to32);
-                i.set_immediate8to32((random.next() as i8).into());
+                i.set_immediate8to32((random.bits() as i8).into());
             }
             K::imm8sex64 => {
                 i.set_op_kind(n, OpKind::Immediate8to64);
-                i.set_immediate8to64((random.next() as i8).into());
+                i.set_immediate8to64((random.bits() as i8).into());
             }
             K::imm16 => {
                 i.set_op_kind(n, OpKind::Immediate16);
@@ -359,13 +376,13 @@ impl Form {
         let spot = u64::from(random.below(WINDOW as u32 - 96)) / aligned * aligned + 32;
         let mut target = data + AT as u64 + spot;
         if random.one_in(24) {
-            let edges = [data - 3, data + DATA_SIZE as u64 - 3, READ_ONLY + 8, 0, 0xffff_fff0];
+            let edges = [data.wrapping_sub(3), data + DATA_SIZE as u64 - 3, READ_ONLY + 8, 0, 0xffff_fff0];
             target = edges[random.below(5) as usize];
             if bits == 16 {
                 target = (DATA_SIZE as u64) - u64::from(random.below(12));
             }
         }
-        let displacement = i64::from(random.next() as i8);
+        let displacement = i64::from(random.bits() as i8);
         let mut base = [3usize, 5, 6, 7, 0, 9, 12, 13][random.below(if bits == 64 { 8 } else { 5 }) as usize];
         if bits == 16 {
             base = [3, 6, 7][random.below(3) as usize];
@@ -417,7 +434,6 @@ impl Form {
                 .filter(|(r, _)| *r != base && *r != 10)
                 .for_each(|(_, v)| *v &= 0x1f);
         }
-        debug_assert_ne!(i.memory_size(), MemorySize::Unknown);
         Some(())
     }
 }

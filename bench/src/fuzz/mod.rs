@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use native::oracle::{Case, Oracle, Reply};
 
+pub use compare::differences;
 pub use form::{Form, forms};
 pub use guest::Guest;
 pub use random::Random;

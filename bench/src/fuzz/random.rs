@@ -13,7 +13,7 @@ impl Random {
     }
 
     /// 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -22,7 +22,7 @@ impl Random {
 
     /// Below `bound`, which is not 0.
     pub fn below(&mut self, bound: u32) -> u32 {
-        (self.next() >> 32) as u32 % bound
+        (self.bits() >> 32) as u32 % bound
     }
 
     /// One time in `n`.
@@ -46,11 +46,11 @@ impl Random {
             0x80,
             0x7f,
         ];
-        let value = self.next();
+        let value = self.bits();
         match self.below(6) {
             0 => value & 0xff,
             1 => EDGES[value as usize % EDGES.len()],
-            2 => value & self.next() & self.next(),
+            2 => value & self.bits() & self.bits(),
             3 => value >> self.below(64),
             _ => value,
         }
@@ -74,9 +74,9 @@ impl Random {
             0 => 0,
             1 => 1 << self.below(fraction_bits),
             2 => ones - u64::from(self.below(2)),
-            _ => self.next() & ones,
+            _ => self.bits() & ones,
         };
-        (self.next() >> 63) << (exponent_bits + fraction_bits) | (exponent & top) << fraction_bits | fraction
+        (self.bits() >> 63) << (exponent_bits + fraction_bits) | (exponent & top) << fraction_bits | fraction
     }
 
     /// 16 bytes of integers, singles, doubles or noise.
@@ -88,7 +88,7 @@ impl Random {
             }
             1 => bytes.chunks_mut(8).for_each(|p| p.copy_from_slice(&self.float(11, 52).to_le_bytes())),
             2 => bytes.chunks_mut(8).for_each(|p| p.copy_from_slice(&self.integer().to_le_bytes())),
-            _ => bytes.chunks_mut(8).for_each(|p| p.copy_from_slice(&self.next().to_le_bytes())),
+            _ => bytes.chunks_mut(8).for_each(|p| p.copy_from_slice(&self.bits().to_le_bytes())),
         }
         u128::from_le_bytes(bytes)
     }
@@ -96,13 +96,13 @@ impl Random {
     fn extended(&mut self) -> u128 {
         let (edges, n) = ([0, 1, 0x7ffe, 0x7fff], self.below(4) as usize);
         let exponent = match self.below(4) {
-            0 => self.next() >> 49,
+            0 => self.bits() >> 49,
             1 => edges[n],
             _ => 0x3fff - 8 + u64::from(self.below(80)),
         };
         let integer = if exponent != 0 && !self.one_in(8) { 1 << 63 } else { 0 };
         let fraction = self.float(11, 52) << 11 & !(1 << 63);
-        let sign = self.next() & 0x8000;
+        let sign = self.bits() & 0x8000;
         u128::from(exponent & 0x7fff | sign) << 64 | u128::from(integer | fraction)
     }
 
@@ -116,21 +116,21 @@ impl Random {
             *register = self.extended();
         }
         if self.one_in(3) {
-            state.mxcsr = self.next() as u32 & 0xffff;
+            state.mxcsr = self.bits() as u32 & 0xffff;
         } else {
-            state.mxcsr = 0x1f80 | self.next() as u32 & 0xe03f;
+            state.mxcsr = 0x1f80 | self.bits() as u32 & 0xe03f;
         }
         state.fcw = if self.one_in(3) {
-            0x040 | self.next() as u16 & 0xf3f
+            0x040 | self.bits() as u16 & 0xf3f
         } else {
-            0x07f | self.next() as u16 & 0xf00
+            0x07f | self.bits() as u16 & 0xf00
         };
         let pending = if self.one_in(8) { 0x3f } else { state.fcw & 0x3f };
-        state.fsw = self.next() as u16 & (0x7f40 | pending);
+        state.fsw = self.bits() as u16 & (0x7f40 | pending);
         if state.fsw & !state.fcw & 0x3f != 0 {
             state.fsw |= 0x8080;
         }
-        state.ftw = if self.one_in(2) { 0xff } else { self.next() as u8 };
+        state.ftw = if self.one_in(2) { 0xff } else { self.bits() as u8 };
         state
     }
 }

@@ -32,15 +32,13 @@ fn gather<const INDEX: usize, const ELEMENT: usize>(c: &mut Core, op: &Op) -> Re
     let wide = |register: iced_x86::Register| if register.is_ymm() { 32 } else { 16 };
     let count = (wide(i.op0_register()) / ELEMENT).min(wide(i.memory_index()) / INDEX);
     let indices = bytes(c, index);
-    let mut wanted = bytes(c, mask);
-    for (n, element) in wanted.chunks_mut(ELEMENT).enumerate() {
-        let chosen = n < count && element[ELEMENT - 1] & 0x80 != 0;
-        element.fill(if chosen { 0xff } else { 0 });
-    }
-    set_bytes(c, mask, &wanted);
     for n in 0..count {
         let at = n * ELEMENT;
-        if wanted[at + ELEMENT - 1] & 0x80 == 0 {
+        let mut wanted = bytes(c, mask);
+        let chosen = wanted[at + ELEMENT - 1] & 0x80 != 0;
+        wanted[at..at + ELEMENT].fill(0);
+        if !chosen {
+            set_bytes(c, mask, &wanted);
             continue;
         }
         let offset = {
@@ -56,7 +54,6 @@ fn gather<const INDEX: usize, const ELEMENT: usize>(c: &mut Core, op: &Op) -> Re
         let mut value = bytes(c, to);
         value[at..at + ELEMENT].copy_from_slice(&element[..ELEMENT]);
         set_bytes(c, to, &value);
-        wanted[at..at + ELEMENT].fill(0);
         set_bytes(c, mask, &wanted);
     }
     // Beyond the elements all is zero, and so is the whole mask.

@@ -145,6 +145,19 @@ fn maskmov<const N: usize>(c: &mut Core, op: &Op) -> Result<Flow> {
     Ok(Flow::End)
 }
 
+/// One element of an operand, which may lie beyond the segment's limit where others are.
+fn element_place<const ELEMENT: usize>(
+    c: &mut Core,
+    op: &Op,
+    at: usize,
+    write: bool,
+) -> Result<crate::mmu::Place> {
+    let mask = u64::MAX >> (64 - 8 * u32::from(op.address_size.clamp(2, 8)));
+    let offset = c.effective(op).wrapping_add(at as u64) & mask;
+    let linear = c.linear(op.segment, offset, ELEMENT as u64, write)?;
+    c.place(linear, ELEMENT as u64, write, op.segment, c.bank)
+}
+
 /// VMASKMOV and VPMASKMOV: elements whose mask has its top bit set; the others are not touched, and cannot fault.
 fn masked<const ELEMENT: usize>(c: &mut Core, op: &Op) -> Result<Flow> {
     Class::Avx.check(c)?;
@@ -152,16 +165,12 @@ fn masked<const ELEMENT: usize>(c: &mut Core, op: &Op) -> Result<Flow> {
     let len =
         if (0..3).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_ymm()) { 32 } else { 16 };
     let mask = bytes(c, vector(i, 1));
-    let linear = c.operand(op, len as u64, i.op0_kind() == OpKind::Memory)?;
     let chosen = move |at: &usize| mask[at + ELEMENT - 1] & 0x80 != 0;
     if i.op0_kind() == OpKind::Memory {
         let source = bytes(c, vector(i, 2));
         let mut places = Vec::with_capacity(8);
         for at in (0..len).step_by(ELEMENT).filter(&chosen) {
-            places.push((
-                at,
-                c.place(linear.wrapping_add(at as u64), ELEMENT as u64, true, op.segment, c.bank)?,
-            ));
+            places.push((at, element_place::<ELEMENT>(c, op, at, true)?));
         }
         for (at, place) in places {
             c.place_write_bytes(&place, &source[at..at + ELEMENT]);
@@ -170,7 +179,7 @@ fn masked<const ELEMENT: usize>(c: &mut Core, op: &Op) -> Result<Flow> {
     }
     let mut value = [0; 32];
     for at in (0..len).step_by(ELEMENT).filter(&chosen) {
-        let place = c.place(linear.wrapping_add(at as u64), ELEMENT as u64, false, op.segment, c.bank)?;
+        let place = element_place::<ELEMENT>(c, op, at, false)?;
         c.place_read_bytes(&place, &mut value[at..at + ELEMENT]);
     }
     debug_assert_ne!(i.op0_register(), Register::None);
