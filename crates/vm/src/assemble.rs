@@ -12,9 +12,10 @@ use machine::irqs::Irqs;
 use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
 use x86::cpuid::Cpuid;
 
-use crate::config::{Boot, Choice, Config};
+use crate::Error;
+use crate::config::{Boot, Config};
 use crate::console::Console;
-use crate::{Error, host};
+use crate::host::{self, Chosen};
 
 /// The rate of the time-stamp counter where software makes it: one tick per nanosecond.
 const TSC_KHZ: u64 = 1_000_000;
@@ -39,9 +40,10 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
         Boot::Kernel { .. } => 0,
     };
     let memory = Memory::new(config.memory, rom)?;
-    let (engine, tsc_khz) = match host::choose(config.engine)? {
-        host::Chosen::Kvm { tsc_khz } => (Choice::Kvm, tsc_khz),
-        host::Chosen::Interpret => (Choice::Interpret, TSC_KHZ),
+    let engine = host::choose(config.engine)?;
+    let tsc_khz = match engine {
+        Chosen::Kvm { tsc_khz, .. } => tsc_khz,
+        Chosen::Interpret => TSC_KHZ,
     };
     let clock = Arc::new(Clock::host(tsc_khz));
     let timers =
@@ -56,8 +58,8 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
     });
     let processor = host::processor(engine, config.model, config.cpus, tsc_khz)?;
     let (mut vcpus, irqs, engine) = match engine {
-        Choice::Kvm => with_kvm(config, &machine, &processor)?,
-        _ => with_interpreter(config, &machine, processor)?,
+        Chosen::Kvm { .. } => with_kvm(config, &machine, &processor)?,
+        Chosen::Interpret => with_interpreter(config, &machine, processor)?,
     };
     let pci = plug(config, &machine, &irqs, console)?;
     let state = load(config, &machine.memory)?;

@@ -54,6 +54,8 @@ pub enum Chosen {
     Kvm {
         /// In kHz.
         tsc_khz: u64,
+        /// What KVM gives a guest of the host's features.
+        features: Features,
     },
     /// The interpreter.
     Interpret,
@@ -68,7 +70,7 @@ pub fn choose(choice: Choice) -> Result<Chosen, Error> {
         return Ok(Chosen::Interpret);
     }
     match (kvm::probe(), choice) {
-        (Ok(usable), _) => Ok(Chosen::Kvm { tsc_khz: usable.tsc_khz }),
+        (Ok(usable), _) => Ok(Chosen::Kvm { tsc_khz: usable.tsc_khz, features: usable.features }),
         (Err(_), Choice::Auto) => Ok(Chosen::Interpret),
         (Err(why), _) => Err(Error::Engine { engine: "kvm", reason: why.reason, remedy: why.remedy }),
     }
@@ -98,13 +100,11 @@ fn features() -> Features {
 ///
 /// # Errors
 /// The host or engine lacks what the model requires.
-pub fn processor(engine: Choice, model: Option<Model>, vcpus: u32, tsc_khz: u64) -> Result<Cpuid, Error> {
+pub fn processor(engine: Chosen, model: Option<Model>, vcpus: u32, tsc_khz: u64) -> Result<Cpuid, Error> {
     let cpu = CpuId::new();
-    let host = features();
     let available = match engine {
-        // What KVM does not have is taken out when it is told of the processor.
-        Choice::Kvm => host,
-        _ => IMPLEMENTED.without(NATIVE).or(host.and(NATIVE)),
+        Chosen::Kvm { features, .. } => features,
+        Chosen::Interpret => IMPLEMENTED.without(NATIVE).or(features().and(NATIVE)),
     };
     let intel = cpu.get_vendor_info().is_some_and(|v| v.as_str() == "GenuineIntel");
     let mut brand = [0; 48];
