@@ -22,10 +22,12 @@ pub struct Args {
 const READY: &[u8] = b"Lodge: Linux";
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// One start: seconds until the first line of userspace, seconds of processor time until then.
+/// One start: seconds until the first line of userspace, seconds of processor time until then, and what is resident then
+/// beside shared memory, in MiB. Lodge's guest RAM is shared memory, so for it that is the monitor itself; QEMU's is not.
 struct Start {
     wall: f64,
     cpu: f64,
+    resident: f64,
 }
 
 /// Measures, side by side in one run, and prints ratios.
@@ -74,6 +76,8 @@ pub fn run(args: &Args) -> Result<()> {
     for ((name, _), (w, c)) in rows.iter().zip(&medians) {
         println!("{name:18} {w:8.2} {c:8.2} {:12.2} {:12.2}", w / wall, c / cpu);
     }
+    let resident = median(rows[0].1.iter().map(|s| s.resident));
+    println!("lodge's resident memory less guest RAM: {resident:.1} MiB");
     Ok(())
 }
 
@@ -105,6 +109,7 @@ fn start(command: &mut Command) -> Result<Start> {
     };
     let wall = begun.elapsed().as_secs_f64();
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
     let _ = child.kill();
     child.wait()?;
     if !found {
@@ -113,5 +118,10 @@ fn start(command: &mut Command) -> Result<Start> {
     // utime and stime, in clock ticks of 10 ms (proc(5)).
     let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or("").split(' ').collect();
     let ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-    Ok(Start { wall, cpu: (ticks(11) + ticks(12)) / 100.0 })
+    let kib = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or("");
+        line.trim().trim_end_matches(" kB").parse::<f64>().unwrap_or(0.0)
+    };
+    let resident = (kib("RssAnon:") + kib("RssFile:")) / 1024.0;
+    Ok(Start { wall, cpu: (ticks(11) + ticks(12)) / 100.0, resident })
 }
