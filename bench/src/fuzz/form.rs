@@ -186,6 +186,16 @@ impl Form {
         for (n, &kind) in kinds.iter().enumerate() {
             self.operand(&mut i, n as u32, kind, bits, data, &mut image, random)?;
         }
+        // A bit string that is as far away as an address may lie in the oracle itself.
+        let bits_by_register = matches!(self.code.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
+            && i.op0_kind() == OpKind::Memory
+            && i.op1_kind() == OpKind::Register;
+        let offset = i.op1_register().full_register();
+        let address =
+            [i.memory_base().full_register(), i.memory_index().full_register(), Register::R10, Register::RSP];
+        if bits_by_register && address.contains(&offset) {
+            return None;
+        }
         // The oracle cannot load the upper half of ESP there.
         if self.mode == Mode::Protected16 && (0..i.op_count()).any(|n| i.op_register(n) == Register::ESP) {
             return None;

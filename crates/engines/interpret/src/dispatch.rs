@@ -61,7 +61,9 @@ macro_rules! bit_forms {
 
 macro_rules! extend_forms {
     ($i:expr, $op:expr, $x:literal) => {{
-        let from = operand_size($i, 1);
+        // MOVSXD to 16 bits reads 32 from memory all the same, as measured.
+        let narrow = $i.mnemonic() == M::Movsxd && $op.memory;
+        let from = if narrow { 4 } else { operand_size($i, 1) };
         macro_rules! to {
             ($t:ty) => {
                 match (from, $op.memory) {
