@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::{guests, nested, packages, sh};
+use crate::{guests, packages, sh};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -34,9 +34,6 @@ pub fn run(args: &Args) -> Result<()> {
     sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
     let mut nextest = vec!["nextest", "run", "--workspace", "--no-fail-fast"];
     nextest.extend(args.filter.as_deref());
-    sh::run(&mut sh::cargo(&nextest))?;
-    if args.filter.is_none() {
-        nested::run(false, 1)?;
-    }
-    Ok(())
+    // KVM in the nested bed is a command of its own, `cargo xtask nested`: its outer guest has been seen to hang.
+    sh::run(&mut sh::cargo(&nextest))
 }
