@@ -2,4 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod cpu;
 pub mod fuzz;
+pub mod monitor;

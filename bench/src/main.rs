@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use lodge_bench::{boot, fuzz};
+use lodge_bench::{boot, cpu, fuzz};
 
 #[derive(Parser)]
 #[command(about = "Every published figure comes from here")]
@@ -33,12 +33,15 @@ enum Command {
     },
     /// Time from the command to the guest's first line, beside QEMU's translator
     Boot(boot::Args),
+    /// Workloads on the host, in QEMU and in Lodge: processor time and checksums
+    Cpu(cpu::Args),
 }
 
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Fuzz { cases, seed, filter, save } => run_fuzz(cases, seed, &filter, save),
         Command::Boot(args) => boot::run(&args),
+        Command::Cpu(args) => cpu::run(&args),
     }
 }
 

@@ -20,9 +20,9 @@ struct Cli {
 enum Command {
     /// Run all that CI runs: formatting, lints, licences, tests
     Test(test::Args),
-    /// Build the bare-metal guests that tests run
+    /// Build the bare-metal guests that tests run, and the benchmark program
     Guests,
-    /// Figures: fuzz, boot, mips (see `cargo xtask bench help`)
+    /// Figures: cpu, fuzz, boot, mips (see `cargo xtask bench help`)
     Bench {
         /// What to measure, and how
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -43,7 +43,11 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
         Command::Bench { args } => bench(&args),
-        Command::Guests => guests::build().map(|dir| println!("{}", dir.display())),
+        Command::Guests => {
+            println!("{}", guests::build()?.display());
+            println!("{}", guests::build_work()?.display());
+            Ok(())
+        }
         Command::Nested { verbose, boots } => nested::run(verbose, boots),
     }
 }
@@ -60,6 +64,9 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
             "--example",
             "mips",
         ]));
+    }
+    if args.first().is_some_and(|a| a == "cpu") {
+        guests::build_work()?;
     }
     sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
     let mut command = sh::cargo(&["run", "--quiet", "--release", "-p", "lodge-bench", "--"]);

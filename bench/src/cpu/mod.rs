@@ -1,0 +1,230 @@
+//! The benchmark program `guests/work` on the host, in QEMU and in Lodge, side by side.
+//!
+//! All of them run at once, and wait; each in turn is told over its console to run one workload, so that a busy moment of
+//! the host meets all alike. What counts is the host's processor time: for the program on the host its own (its
+//! children's included), for a monitor the whole process's, from the order to the first byte of the answer.
+
+mod table;
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use images::cpio::Cpio;
+
+use crate::monitor::{self, Programs, Running, Setup};
+
+/// `lodge-bench cpu`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// What to measure: `native` is the host, `tcg` is QEMU's translator, the others are engines of Lodge's
+    #[arg(long, value_delimiter = ',', default_value = "native,tcg,translate")]
+    engine: Vec<String>,
+    /// Only these workloads, or categories of them
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    only: Vec<String>,
+    /// How often; the medians count
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// How large the workloads are, in percent of 50 to 100 ms on the host
+    #[arg(long, default_value_t = 100, value_name = "PERCENT")]
+    size: u64,
+    /// Seconds that a workload may take
+    #[arg(long, default_value_t = 120)]
+    patience: u64,
+    /// Write every single figure into this file too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// The benchmark program, if not the one that cargo built beside this one
+    #[arg(long, value_name = "FILE")]
+    work: Option<PathBuf>,
+    #[command(flatten)]
+    programs: Programs,
+}
+
+/// One run of a workload.
+#[derive(Debug, Clone, serde::Serialize)]
+struct Sample {
+    /// Host processor time, nanoseconds.
+    cpu: u64,
+    /// Time on the host's clock, nanoseconds.
+    wall: u64,
+    /// Processor time and time on its own clock, as the program saw them: nanoseconds.
+    seen: [u64; 2],
+    iterations: u64,
+    checksum: String,
+}
+
+/// All that was measured of one engine.
+#[derive(Debug, Default, serde::Serialize)]
+struct Column {
+    /// Host processor time until the first line of userspace, seconds; and on the clock.
+    boot: Option<[f64; 2]>,
+    /// What is resident at the end beside shared memory, MiB.
+    resident: f64,
+    samples: BTreeMap<String, Vec<Sample>>,
+    /// What went wrong, by workload.
+    failures: BTreeMap<String, String>,
+}
+
+/// A workload: its name and its category.
+type Workload = (String, String);
+
+/// Measures and prints the table.
+///
+/// # Errors
+/// Something cannot be started, or an engine fails, or gives another checksum than the others.
+pub fn run(args: &Args) -> Result<()> {
+    let work = match &args.work {
+        Some(path) => path.clone(),
+        None => monitor::sibling("../x86_64-unknown-linux-gnu/release/work")?,
+    };
+    let workloads = workloads(&work, &args.only)?;
+    let guest = images::default_guest(&images::Options::default(), &mut images::Silent)?;
+    // The kernel unpacks several archives one after the other.
+    let mut image = std::fs::read(&guest.initrd)?;
+    let program = std::fs::read(&work).with_context(|| format!("cannot read {}", work.display()))?;
+    let mut more = Cpio::new();
+    more.file("bin/work", 0o755, &program);
+    image.extend(more.finish());
+    let mut initrd = tempfile::NamedTempFile::new()?;
+    initrd.write_all(&image)?;
+    let setup = Setup {
+        programs: args.programs.clone(),
+        kernel: guest.kernel,
+        initrd: initrd.path().to_owned(),
+        cmdline: format!("{} lodge.exec=\"work --serve\"", guest.cmdline),
+    };
+    println!("{}; {}", guest.description, setup.qemu_version());
+    println!("{} CPUs, 512 MiB, size {} %, medians of {}", setup.programs.cpus, args.size, args.rounds);
+    let mut places: Vec<Place> = Vec::new();
+    for engine in &args.engine {
+        match Place::start(engine, &setup, &work) {
+            Ok(place) => places.push(place),
+            Err(error) => println!("{engine}: skipped: {error:#}"),
+        }
+    }
+    for round in 1..=args.rounds {
+        for (name, _) in &workloads {
+            progress(&format!("round {round} of {}: {name}", args.rounds));
+            for place in &mut places {
+                place.measure(name, args)?;
+            }
+        }
+    }
+    progress("");
+    let columns: Vec<(String, Column)> = places.into_iter().map(Place::finish).collect();
+    if let Some(path) = &args.json {
+        let all: BTreeMap<_, _> = columns.iter().map(|(engine, column)| (engine, column)).collect();
+        std::fs::write(path, serde_json::to_string_pretty(&all)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    table::print(&workloads, &columns);
+    let errors = table::errors(&workloads, &columns);
+    errors.iter().for_each(|error| println!("error: {error}"));
+    ensure!(errors.is_empty(), "{} workloads failed or differ", errors.len());
+    Ok(())
+}
+
+/// Tells who watches.
+fn progress(text: &str) {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K{text}");
+    }
+}
+
+/// What the program can do, less what was not asked for.
+fn workloads(work: &std::path::Path, only: &[String]) -> Result<Vec<Workload>> {
+    let output = Command::new(work)
+        .arg("--list")
+        .output()
+        .with_context(|| format!("cannot start {}; build it with `cargo xtask guests`", work.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let all: Vec<Workload> =
+        text.lines().filter_map(|l| l.split_once(' ')).map(|(n, c)| (n.into(), c.into())).collect();
+    for name in only {
+        ensure!(
+            all.iter().any(|(n, c)| n == name || c == name),
+            "there is no workload {name}, only:\n{text}"
+        );
+    }
+    Ok(all.into_iter().filter(|(n, c)| only.is_empty() || only.contains(n) || only.contains(c)).collect())
+}
+
+/// One engine with the program running in it.
+struct Place<'a> {
+    engine: String,
+    setup: &'a Setup,
+    work: &'a std::path::Path,
+    running: Running,
+    column: Column,
+}
+
+impl<'a> Place<'a> {
+    fn start(engine: &str, setup: &'a Setup, work: &'a std::path::Path) -> Result<Self> {
+        let mut column = Column::default();
+        let running = boot(engine, setup, work, &mut column)?;
+        Ok(Self { engine: engine.into(), setup, work, running, column })
+    }
+
+    /// Runs a workload, if it has not failed before; where it does, the guest is started anew for the others.
+    fn measure(&mut self, name: &str, args: &Args) -> Result<()> {
+        if self.column.failures.contains_key(name) {
+            return Ok(());
+        }
+        match self.sample(name, args) {
+            Ok(Some(sample)) => self.column.samples.entry(name.into()).or_default().push(sample),
+            Ok(None) => {}
+            Err(error) => {
+                self.column.failures.insert(name.into(), format!("{error:#}"));
+                self.running = boot(&self.engine, self.setup, self.work, &mut self.column)
+                    .with_context(|| format!("{} does not start again after {name} failed", self.engine))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One run of a workload; none where the machine lacks what it needs.
+    fn sample(&mut self, name: &str, args: &Args) -> Result<Option<Sample>> {
+        let before = self.running.now()?;
+        self.running.say(&format!("{name} {}", args.size))?;
+        let (line, after) = self.running.line("@@work ", Duration::from_secs(args.patience))?;
+        let mut words = line.split(' ');
+        ensure!(words.next() == Some(name), "the answer is to another order: {line}");
+        if words.clone().next() == Some("absent") {
+            return Ok(None);
+        }
+        let mut number =
+            || words.next().and_then(|w| w.parse::<u64>().ok()).context("an answer cannot be read");
+        let (iterations, seen) = (number()?, [number()?, number()?]);
+        let checksum = words.next().context("an answer has no checksum")?.to_owned();
+        let spent = |of: fn(&monitor::Moment) -> Duration| (of(&after) - of(&before)).as_nanos() as u64;
+        // On the host it knows best: its children are not its own process.
+        let cpu = if self.engine == "native" { seen[0] } else { spent(|m| m.cpu) };
+        Ok(Some(Sample { cpu, wall: spent(|m| m.wall), seen, iterations, checksum }))
+    }
+
+    fn finish(mut self) -> (String, Column) {
+        self.column.resident = self.running.resident();
+        (self.engine, self.column)
+    }
+}
+
+/// Starts the program, in a guest or on the host, and waits until it takes orders.
+fn boot(engine: &str, setup: &Setup, work: &std::path::Path, column: &mut Column) -> Result<Running> {
+    let mut running;
+    if engine == "native" {
+        // On as many processors as the guests have.
+        let cpus = setup.programs.cpus.to_string();
+        running = Running::start(Command::new(work).args(["--cpus", &cpus, "--serve"]))?;
+    } else {
+        running = Running::start(&mut setup.command(engine)?)?;
+        let (_, moment) = running.line(monitor::READY, monitor::PATIENCE)?;
+        column.boot.get_or_insert([moment.cpu, moment.wall].map(|t| t.as_secs_f64()));
+    }
+    running.line("@@work ready", monitor::PATIENCE)?;
+    Ok(running)
+}
