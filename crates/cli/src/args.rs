@@ -74,6 +74,8 @@ pub enum Engine {
     Kvm,
     /// Every instruction by software: slow, exact, needs nothing
     Interpret,
+    /// Guest code is rewritten into host code: fast, and needs nothing of the host
+    Translate,
 }
 
 /// Which processor the guest sees.

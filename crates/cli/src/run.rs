@@ -167,6 +167,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
             Engine::Auto => Choice::Auto,
             Engine::Kvm => Choice::Kvm,
             Engine::Interpret => Choice::Interpret,
+            Engine::Translate => Choice::Translate,
         },
         model: args.cpu.map(|cpu| match cpu {
             Cpu::V2 => Model::V2,

@@ -7,8 +7,14 @@
 //! The order that makes this race-free: the engine reads the generation *before* it marks and marks *before* it reads the
 //! bytes; a store writes the bytes *before* it reads the marks. Between the two halves of the store there is no fence, for
 //! stores are the hot side: `mark` has the kernel put one into every running thread instead (membarrier(2)).
+//!
+//! Translated code stores through an [`Alias`] and reads no marks: there, pages with marks cannot be written. A page stays
+//! protected after its marks have gone, until somebody stores to it ([`CodeMap::unprotect`]).
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
+
+use crate::alias::Alias;
 
 const PAGE_SHIFT: u32 = 12;
 const LINE_SHIFT: u32 = 6;
@@ -19,6 +25,9 @@ pub struct CodeMap {
     /// A bit for each 64-byte line of a page.
     lines: Box<[AtomicU64]>,
     generations: Box<[AtomicU32]>,
+    /// Counts all changes of generations.
+    changes: AtomicU64,
+    pub(crate) alias: OnceLock<Alias>,
 }
 
 impl CodeMap {
@@ -30,7 +39,7 @@ impl CodeMap {
         let (lines, generations) = unsafe {
             (Box::new_zeroed_slice(pages).assume_init(), Box::new_zeroed_slice(pages).assume_init())
         };
-        Self { lines, generations }
+        Self { lines, generations, changes: AtomicU64::new(0), alias: OnceLock::new() }
     }
 
     /// The generation of the page that holds `offset`. A cached block is stale once it differs.
@@ -41,12 +50,44 @@ impl CodeMap {
 
     /// Marks `len` bytes at `offset`, which lie in one page, as cached.
     pub fn mark(&self, offset: u64, len: u64) {
-        if let Some(lines) = self.lines.get((offset >> PAGE_SHIFT) as usize) {
-            let mask = mask(offset, len);
-            if lines.fetch_or(mask, Ordering::SeqCst) & mask != mask {
-                membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);
-            }
+        let Some(lines) = self.lines.get((offset >> PAGE_SHIFT) as usize) else { return };
+        let mask = mask(offset, len);
+        if lines.load(Ordering::SeqCst) & mask == mask {
+            return;
         }
+        let alias = self.alias.get();
+        let _held = alias.map(Alias::hold);
+        let before = lines.fetch_or(mask, Ordering::SeqCst);
+        if let (Some(alias), 0) = (alias, before) {
+            alias.protect(offset, false);
+        }
+        if before & mask != mask {
+            membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);
+        }
+    }
+
+    /// How often a generation has changed: while this stands, all do.
+    #[inline]
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Whether the page that holds `offset` holds cached code.
+    #[inline]
+    pub fn holds_code(&self, offset: u64) -> bool {
+        self.lines.get((offset >> PAGE_SHIFT) as usize).is_some_and(|l| l.load(Ordering::SeqCst) != 0)
+    }
+
+    /// Lets the page that holds `offset` be written through the writable [`Alias`], if it holds no cached code: tells
+    /// whether it can be.
+    pub fn unprotect(&self, offset: u64) -> bool {
+        let Some(alias) = self.alias.get() else { return false };
+        let _held = alias.hold();
+        if self.holds_code(offset) {
+            return false;
+        }
+        alias.protect(offset, true);
+        true
     }
 
     /// To be called after a store of `len` bytes at `offset`, which lie in one page. Tells whether cached code changed.
@@ -68,6 +109,7 @@ impl CodeMap {
         // Marks go first: whoever decodes after this sees the new bytes and marks afresh.
         self.lines[page].store(0, Ordering::SeqCst);
         self.generations[page].fetch_add(1, Ordering::SeqCst);
+        self.changes.fetch_add(1, Ordering::SeqCst);
     }
 
     /// As [`CodeMap::stored`], for any length.

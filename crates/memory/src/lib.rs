@@ -12,10 +12,12 @@
 //! Guest memory is shared between vCPU threads and devices, with data races that the guest decides on. It is never
 //! borrowed as a Rust reference: all accesses are copies through volatile or atomic operations.
 
+mod alias;
 pub mod code;
 mod layout;
 mod ram;
 
+pub use alias::Alias;
 pub use code::CodeMap;
 pub use layout::{HOLE_END, HOLE_START, Kind, Region, layout};
 pub use ram::{Error, Int, Memory, Slot};

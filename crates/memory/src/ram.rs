@@ -11,7 +11,7 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use crate::{CodeMap, Gpa, Kind, PAGE_SIZE, Region, layout};
+use crate::{Alias, CodeMap, Gpa, Kind, PAGE_SIZE, Region, layout};
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -226,9 +226,17 @@ impl Memory {
         &self.0.code
     }
 
-    /// The memfd behind the block, for engines that map it a second time.
-    pub fn file(&self) -> &File {
-        &self.0.block.file
+    /// The mappings for translated code, made at the first call.
+    ///
+    /// # Errors
+    /// The host has no room for them.
+    pub fn alias(&self) -> Result<&Alias, Error> {
+        let alias = &self.0.code.alias;
+        if let Some(alias) = alias.get() {
+            return Ok(alias);
+        }
+        let made = Alias::new(&self.0.block.file, self.len()).map_err(|e| Error::Host(self.len() >> 20, e))?;
+        Ok(alias.get_or_init(|| made))
     }
 
     /// The region that holds `gpa`.

@@ -43,7 +43,7 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
     let engine = host::choose(config.engine)?;
     let tsc_khz = match engine {
         Chosen::Kvm { tsc_khz, .. } => tsc_khz,
-        Chosen::Interpret => TSC_KHZ,
+        Chosen::Interpret | Chosen::Translate => TSC_KHZ,
     };
     let clock = Arc::new(Clock::host(tsc_khz));
     let timers =
@@ -60,6 +60,7 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
     let (mut vcpus, irqs, engine) = match engine {
         Chosen::Kvm { .. } => with_kvm(config, &machine, &processor)?,
         Chosen::Interpret => with_interpreter(config, &machine, processor)?,
+        Chosen::Translate => with_translator(config, &machine, processor)?,
     };
     let pci = plug(config, &machine, &irqs, console)?;
     let state = load(config, &machine.memory)?;
@@ -112,6 +113,20 @@ fn with_interpreter(config: &Config, machine: &Arc<Machine>, processor: Cpuid) -
         })
         .collect();
     Ok((vcpus, irqs, "interpret"))
+}
+
+fn with_translator(config: &Config, machine: &Arc<Machine>, processor: Cpuid) -> Result<Engine, Error> {
+    let apics = Apics::new(config.cpus, &machine.clock, &machine.timers);
+    let irqs = Irqs::new(Arc::new(apics.clone()) as Arc<dyn LocalApics>);
+    let processor = Arc::new(processor);
+    let vcpus = (0..config.cpus)
+        .filter_map(|n| Some((n, apics.local(n)?)))
+        .map(|(n, local)| {
+            let cpu = translate::Cpu::new(machine.clone(), local, processor.clone(), n)?;
+            Ok(Box::new(cpu) as Box<dyn Vcpu>)
+        })
+        .collect::<Result<_, Error>>()?;
+    Ok((vcpus, irqs, "translate"))
 }
 
 /// Puts the kernel or firmware into memory, with the tables that a kernel without firmware needs.

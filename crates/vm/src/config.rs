@@ -14,6 +14,8 @@ pub enum Choice {
     Kvm,
     /// The interpreter.
     Interpret,
+    /// Binary rewriting.
+    Translate,
 }
 
 /// What the guest starts with.

@@ -19,6 +19,8 @@ pub enum Error {
     #[error("processor model {model} needs what this host lacks ({}); choose --cpu v2", list(.missing))]
     Model { model: &'static str, missing: Features },
     #[error(transparent)]
+    Translate(#[from] translate::Error),
+    #[error(transparent)]
     Memory(#[from] memory::Error),
     #[error(transparent)]
     Boot(#[from] boot::Error),

@@ -59,6 +59,8 @@ pub enum Chosen {
     },
     /// The interpreter.
     Interpret,
+    /// Binary rewriting.
+    Translate,
 }
 
 /// The engine that `choice` means here.
@@ -68,6 +70,9 @@ pub enum Chosen {
 pub fn choose(choice: Choice) -> Result<Chosen, Error> {
     if choice == Choice::Interpret {
         return Ok(Chosen::Interpret);
+    }
+    if choice == Choice::Translate {
+        return Ok(Chosen::Translate);
     }
     match (kvm::probe(), choice) {
         (Ok(usable), _) => Ok(Chosen::Kvm { tsc_khz: usable.tsc_khz, features: usable.features }),
@@ -104,7 +109,7 @@ pub fn processor(engine: Chosen, model: Option<Model>, vcpus: u32, tsc_khz: u64)
     let cpu = CpuId::new();
     let available = match engine {
         Chosen::Kvm { features, .. } => features,
-        Chosen::Interpret => IMPLEMENTED.without(NATIVE).or(features().and(NATIVE)),
+        Chosen::Interpret | Chosen::Translate => IMPLEMENTED.without(NATIVE).or(features().and(NATIVE)),
     };
     let intel = cpu.get_vendor_info().is_some_and(|v| v.as_str() == "GenuineIntel");
     let mut brand = [0; 48];

@@ -211,7 +211,8 @@ fn block(
     Block { ops: ops.into(), len, offset, generation, second, bits: core.bits }
 }
 
-fn options(core: &Core) -> u32 {
+/// How instructions are decoded for this processor.
+pub fn options(core: &Core) -> u32 {
     if core.cpuid.vendor() == Vendor::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE }
 }
 

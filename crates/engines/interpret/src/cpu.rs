@@ -11,8 +11,9 @@ use x86::{Segment, flags};
 
 use crate::block::{Block, Cache, Id};
 use crate::core::{Core, attention};
-use crate::interrupt::{Shutdown, Source};
-use crate::op::{Fault, Flow, Result, slot};
+pub use crate::interrupt::Shutdown;
+use crate::interrupt::Source;
+use crate::op::{Fault, Flow, Op, Result, slot};
 
 /// A vCPU of the reference engine.
 pub struct Cpu {
@@ -26,9 +27,66 @@ impl Cpu {
         Self { core: Core::new(machine, local, cpuid, index), cache: Cache::default() }
     }
 
+    /// Registers and all else, for engines that build on this one.
+    pub fn core(&mut self) -> &mut Core {
+        &mut self.core
+    }
+
+    /// Whether [`Cpu::attend`] has something to look after before the next instruction.
+    #[inline]
+    pub fn wants_attention(&self) -> bool {
+        let core = &self.core;
+        core.attention & !attention::LIMIT != 0 || core.local.pending() & core.poll != 0
+    }
+
+    /// Executes one instruction at RIP and delivers the exception that it raises, for engines that build on this one.
+    ///
+    /// # Errors
+    /// The processor shut down.
+    pub fn instruction(&mut self) -> std::result::Result<(), Shutdown> {
+        if self.one().is_err() {
+            self.exception()?;
+        }
+        Ok(())
+    }
+
+    /// Decodes an instruction, to be executed by [`Cpu::execute`].
+    pub fn compile(&self, bytes: &[u8]) -> Op {
+        let core = &self.core;
+        let options = crate::block::options(core);
+        let i = iced_x86::Decoder::with_ip(core.bits.into(), bytes, 0, options).decode();
+        crate::decode::compile(&i, core.bits, &core.cpuid)
+    }
+
+    /// Executes an instruction that lies at RIP. Changes RIP to where execution goes on.
+    ///
+    /// # Errors
+    /// It raised an exception, which [`Cpu::exception`] delivers.
+    #[inline]
+    pub fn execute(&mut self, op: &Op) -> Result<Flow> {
+        let core = &mut self.core;
+        let start = core.rip;
+        core.r[usize::from(slot::START)] = start;
+        core.hit = false;
+        core.delivered = false;
+        core.count.instructions += 1;
+        let result = (op.run)(core, op);
+        leave(core, result, start, op.end, op.len)
+    }
+
+    /// Stands still after a triple fault, until it is reset.
+    pub fn shut_down(&mut self) -> Exit {
+        self.core.s.activity = Activity::Shutdown;
+        self.core.attend(attention::IDLE, true);
+        Exit::TripleFault
+    }
+
     /// Delivers the exception that a handler raised.
+    ///
+    /// # Errors
+    /// The processor shut down.
     #[cold]
-    fn exception(&mut self) -> std::result::Result<(), Shutdown> {
+    pub fn exception(&mut self) -> std::result::Result<(), Shutdown> {
         let e = self.core.exception;
         self.core.deliver_exception(e)
     }
@@ -44,11 +102,13 @@ impl Cpu {
         Ok(id)
     }
 
-    /// Runs blocks until something wants attention.
-    fn blocks(&mut self) -> std::result::Result<(), Shutdown> {
-        loop {
-            let core = &mut self.core;
-            if core.attention & !attention::LIMIT != 0 || core.local.pending() & core.poll != 0 {
+    /// Runs at most `most` blocks, until something wants attention.
+    ///
+    /// # Errors
+    /// The processor shut down.
+    pub fn blocks(&mut self, most: u32) -> std::result::Result<(), Shutdown> {
+        for _ in 0..most {
+            if self.wants_attention() {
                 return Ok(());
             }
             let result = match self.next() {
@@ -67,6 +127,7 @@ impl Cpu {
                 self.exception()?;
             }
         }
+        Ok(())
     }
 
     /// Executes one instruction; how it went.
@@ -88,7 +149,10 @@ impl Cpu {
     }
 
     /// Looks after whatever keeps blocks from running freely, and executes at most one instruction.
-    fn attend(&mut self) -> std::result::Result<Option<Exit>, Shutdown> {
+    ///
+    /// # Errors
+    /// The processor shut down.
+    pub fn attend(&mut self) -> std::result::Result<Option<Exit>, Shutdown> {
         if let Some(exit) = self.events()? {
             return Ok(Some(exit));
         }
@@ -332,18 +396,14 @@ impl Kick for Kicker {
 impl Vcpu for Cpu {
     fn run(&mut self) -> std::result::Result<Exit, Error> {
         loop {
-            let exit = match self.blocks() {
+            let exit = match self.blocks(u32::MAX) {
                 Ok(()) => self.attend(),
                 Err(e) => Err(e),
             };
             match exit {
                 Ok(None) => {}
                 Ok(Some(exit)) => return Ok(exit),
-                Err(Shutdown) => {
-                    self.core.s.activity = Activity::Shutdown;
-                    self.core.attend(attention::IDLE, true);
-                    return Ok(Exit::TripleFault);
-                }
+                Err(Shutdown) => return Ok(self.shut_down()),
             }
         }
     }

@@ -172,7 +172,7 @@ fn segment(i: &Instruction, bits: u8) -> u8 {
 }
 
 /// Whether the CPUID model has what the instruction needs.
-fn supported(i: &Instruction, cpuid: &Cpuid) -> bool {
+pub fn supported(i: &Instruction, cpuid: &Cpuid) -> bool {
     // These are other instructions where the feature is missing.
     if matches!(i.mnemonic(), Mnemonic::Tzcnt | Mnemonic::Lzcnt | Mnemonic::Pause) {
         return true;

@@ -5,32 +5,38 @@
 //! TLB (`tlb`, `mmu`). x87 and vector arithmetic is executed by the host's processor through `native` (`simd`).
 //!
 //! An instruction that faults leaves no trace: handlers change state only when nothing can fail any more.
+//!
+//! Other software engines build on this one: they run what they can by other means and leave the rest, instruction by
+//! instruction, to [`Cpu::instruction`] and [`Cpu::execute`]. For them its [`core::Core`] is open.
 #![forbid(unsafe_code)]
 
 mod alu;
 mod block;
 mod bmi;
-mod core;
+pub mod core;
 mod cpu;
 mod debug;
 mod decode;
 mod dispatch;
 mod far;
-mod flags;
+pub mod flags;
 mod integer;
 mod interrupt;
 mod mmu;
 mod mov;
 mod msr;
-mod op;
+pub mod op;
 mod pv;
 mod segment;
 mod simd;
 mod string;
 mod system;
 mod task;
-mod tlb;
+pub mod tlb;
 mod word;
 mod xsave;
 
-pub use cpu::Cpu;
+pub use cpu::{Cpu, Shutdown};
+pub use block::options;
+pub use decode::supported;
+pub use mmu::Mapping;

@@ -53,6 +53,19 @@ enum Target {
     Device(Gpa),
 }
 
+/// A page as [`Core::map`] finds it.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapping {
+    /// Of the 4 KiB around the address, in guest memory.
+    pub offset: u64,
+    /// Stores are allowed, and need not be noted in the page tables any more.
+    pub writable: bool,
+    /// The translation outlives a change of the address space.
+    pub global: bool,
+    /// Of the page in the guest's tables: 12, 21, 22 or 30.
+    pub shift: u8,
+}
+
 /// An operand in memory, ready to be read and written without a fault.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
@@ -165,6 +178,31 @@ impl Core {
             self.tlb.fill(bank, linear, offset, writable, page.global, page.shift);
         }
         Ok(at(target, linear))
+    }
+
+    /// Where the page of `linear` lies, for an access with the rights of `bank`: for engines with page tables of their own.
+    /// `None` if it is a device, or wants to be looked at closely each time.
+    ///
+    /// # Errors
+    /// The access faults.
+    pub fn map(&mut self, linear: u64, write: bool, bank: usize) -> Result<Option<Mapping>> {
+        self.check_linear(linear, 1, index::DS as u8)?;
+        let access = Access {
+            write,
+            fetch: false,
+            user: bank == Tlb::USER || bank == Tlb::USER_ALIGNED,
+            smap_off: bank == Tlb::SYSTEM_AC,
+            peek: false,
+        };
+        let page = self.walk(linear, access)?;
+        let close = bank == Tlb::USER_ALIGNED || self.watched && self.page_watched(linear);
+        let (offset, writable) = match self.target(page.gpa) {
+            Target::Ram(offset) => (offset, page.writable),
+            Target::Rom(offset) => (offset, false),
+            Target::Device(_) => return Ok(None),
+        };
+        let mapping = Mapping { offset: offset & !0xfff, writable, global: page.global, shift: page.shift };
+        Ok((!close).then_some(mapping))
     }
 
     fn check_linear(&mut self, linear: u64, size: u64, segment: u8) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The software TLB: from linear pages to offsets in guest memory.
 
 /// Entries of one bank.
-const ENTRIES: usize = 1024;
+pub const ENTRIES: usize = 1024;
 const BANKS: usize = 4;
 const FETCH: usize = 256;
 /// No page has this tag.
@@ -29,6 +29,17 @@ struct Code {
 const EMPTY: Entry = Entry { read: NONE, write: NONE, offset: 0, global: false };
 const NO_CODE: Code = Code { tag: NONE, offset: 0, global: false };
 
+/// What the TLB was told to forget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    /// Everything.
+    All,
+    /// All pages that are not global.
+    Local,
+    /// The page of this linear address.
+    Page(u64),
+}
+
 /// Direct-mapped, with a bank for each set of access rights.
 pub struct Tlb {
     entries: Box<[Entry; ENTRIES * BANKS]>,
@@ -40,6 +51,8 @@ pub struct Tlb {
     /// Flushes of more than a page.
     pub flushes: u64,
     used: [bool; BANKS],
+    /// What was forgotten, for an engine with page tables of its own that takes note of it (then `Some`).
+    pub log: Option<Vec<Flush>>,
 }
 
 impl Default for Tlb {
@@ -51,6 +64,7 @@ impl Default for Tlb {
             large: [(u64::MAX, 0); 2],
             flushes: 0,
             used: [false; BANKS],
+            log: None,
         }
     }
 }
@@ -106,12 +120,35 @@ impl Tlb {
 
     /// Forgets everything.
     pub fn flush_all(&mut self) {
+        self.note(Flush::All);
+        self.forget_all();
+    }
+
+    fn forget_all(&mut self) {
         self.flush(false);
         self.large = [(u64::MAX, 0); 2];
     }
 
+    /// Whether a page larger than 4 KiB may be at `linear`.
+    pub fn may_be_large(&self, linear: u64) -> bool {
+        let (low, high) = self.large[usize::from(linear >> 63 != 0)];
+        (low..=high).contains(&linear)
+    }
+
+    fn note(&mut self, flush: Flush) {
+        if let Some(log) = &mut self.log {
+            // A log that nobody reads does not grow.
+            if log.len() >= 64 {
+                log.clear();
+                log.push(Flush::All);
+            }
+            log.push(flush);
+        }
+    }
+
     /// Forgets all pages that are not global.
     pub fn flush_local(&mut self) {
+        self.note(Flush::Local);
         self.flush(true);
     }
 
@@ -139,9 +176,10 @@ impl Tlb {
 
     /// Forgets the page of `linear`.
     pub fn flush_page(&mut self, linear: u64) {
+        self.note(Flush::Page(linear));
         let (low, high) = self.large[usize::from(linear >> 63 != 0)];
         if linear >= low && linear <= high {
-            return self.flush_all();
+            return self.forget_all();
         }
         self.epoch += 1;
         let page = (linear >> 12) as usize;

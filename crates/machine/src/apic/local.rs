@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 
 use x86::msr;
 
@@ -32,6 +32,8 @@ pub struct Events {
     pub sipi: Option<u8>,
 }
 
+type Bell = Box<dyn Fn() + Send + Sync>;
+
 struct Inner {
     /// Its `nmi`, `init` and `sipi` are meaningless here: `events` has them.
     state: LocalState,
@@ -43,6 +45,7 @@ pub struct Local {
     pending: AtomicU32,
     inner: Mutex<Inner>,
     wake: Condvar,
+    bell: OnceLock<Bell>,
     timer: Timer,
     shared: Weak<Shared>,
     id: u32,
@@ -67,6 +70,7 @@ impl Local {
                 pending: AtomicU32::new(0),
                 inner: Mutex::new(Inner { state: LocalState::new(id), events: Events::default() }),
                 wake: Condvar::new(),
+                bell: OnceLock::new(),
                 timer,
                 shared: shared.clone(),
                 id,
@@ -91,6 +95,9 @@ impl Local {
         drop(inner);
         if pending & !before != 0 {
             self.wake.notify_all();
+            if let Some(ring) = self.bell.get() {
+                ring();
+            }
         }
         result
     }
@@ -104,6 +111,12 @@ impl Local {
     #[inline]
     pub fn pending(&self) -> u32 {
         self.pending.load(Ordering::Acquire)
+    }
+
+    /// Has `ring` called, by whichever thread, when [`Local::pending`] gains a bit: for engines whose code does not poll.
+    /// Only the first one counts.
+    pub fn set_bell(&self, ring: impl Fn() + Send + Sync + 'static) {
+        let _ = self.bell.set(Box::new(ring));
     }
 
     /// What happened, and forgets it.

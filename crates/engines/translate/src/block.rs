@@ -1,0 +1,459 @@
+//! Rewriting a block of guest code: the common part. What an instruction becomes is in `rewrite` and `control`.
+
+use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind};
+use x86::cpuid::Cpuid;
+
+use crate::allowed::{self, Class};
+use crate::asm::{Asm, Fixup, cc, frame, reg};
+use crate::decode::{self, Page, STATUS};
+use crate::frame::at;
+use crate::host::Host;
+use crate::stubs::Stubs;
+
+/// Instructions in a block at most.
+const LENGTH: usize = 48;
+
+/// What decides, beside its bytes, what code means: part of a block's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mode(pub u8);
+
+impl Mode {
+    /// 64-bit code; else 32-bit code with flat segments.
+    pub const LONG: u8 = 1;
+    /// SSE instructions do not fault.
+    pub const SSE: u8 = 2;
+    /// AVX instructions do not fault.
+    pub const AVX: u8 = 4;
+    /// FS spans 4 GiB and may be written (32-bit code).
+    pub const FS: u8 = 8;
+    /// GS likewise.
+    pub const GS: u8 = 16;
+
+    /// 64 or 32.
+    pub fn bits(self) -> u32 {
+        if self.0 & Self::LONG != 0 { 64 } else { 32 }
+    }
+
+    /// Bytes of what PUSH pushes.
+    pub fn word(self) -> i32 {
+        if self.0 & Self::LONG != 0 { 8 } else { 4 }
+    }
+
+    /// Whether addresses have 64 bits.
+    pub fn wide(self) -> bool {
+        self.0 & Self::LONG != 0
+    }
+}
+
+/// Why translated code is left at a site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The page of an access is not in the linear page table, or the access crosses a page.
+    Access {
+        /// Bytes.
+        size: u8,
+        /// It stores.
+        write: bool,
+    },
+    /// The reference engine executes this instruction, which is number `op` of the block's, and execution goes on at the
+    /// site's host address.
+    Helper {
+        /// Index.
+        op: u32,
+    },
+    /// The reference engine executes the instruction here, of which the translator knows nothing.
+    Instruction,
+    /// A jump to an address in the same page, not yet linked: the four bytes at the host address are its distance.
+    Link,
+    /// Somebody rang.
+    Poll,
+}
+
+/// A place where translated code is left.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// Why.
+    pub kind: Kind,
+    /// Offset in the page of the guest instruction, or of a jump's target.
+    pub guest: u16,
+    /// The block.
+    pub block: u32,
+    /// Where translated code goes on, or what is patched.
+    pub host: u64,
+}
+
+/// What lies at a host address and after.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    /// Offset in the block's code.
+    pub host: u32,
+    /// Offset of the guest instruction in its page.
+    pub guest: u16,
+    /// An access begins here: it can be tried again from here.
+    pub access: bool,
+    /// The guest's status flags are the host's.
+    pub flags_in_host: bool,
+}
+
+/// Where the guest's status flags are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flags {
+    Host,
+    Memory,
+    Both,
+    Dead,
+}
+
+/// A rewritten block.
+pub struct Output {
+    pub code: Vec<u8>,
+    pub marks: Vec<Mark>,
+    pub sites: Vec<Site>,
+    /// Guest instructions for the reference engine.
+    pub ops: Vec<interpret::op::Op>,
+    /// Guest instructions in all.
+    pub instructions: u32,
+}
+
+/// What comes after the block's code, out of the way.
+pub enum Cold {
+    /// Leave at a site.
+    Leave { from: Vec<Fixup>, site: usize },
+    /// An access that is not aligned, which is well unless it crosses a page.
+    Misaligned { from: Fixup, back: u64, size: u32, site: usize },
+    /// A jump out of the page.
+    Jump { from: Fixup, delta: i32 },
+}
+
+/// What the builder wants to know.
+pub struct Context<'a> {
+    pub host: Host,
+    pub stubs: Stubs,
+    pub cpuid: &'a Cpuid,
+    pub mode: Mode,
+    pub vcpu: &'a interpret::Cpu,
+    /// The host address of a block of the same page, if it is there.
+    pub find: &'a dyn Fn(u16) -> Option<u64>,
+    /// Number of the block.
+    pub block: u32,
+    /// Number of its first site.
+    pub first_site: usize,
+}
+
+/// A block in the making.
+pub struct Builder<'a, 'p> {
+    pub c: Context<'a>,
+    pub a: Asm,
+    pub page: Page<'p>,
+    pub start: u16,
+    pub encoder: Encoder,
+    pub info: InstructionInfoFactory,
+    pub marks: Vec<Mark>,
+    pub sites: Vec<Site>,
+    pub cold: Vec<Cold>,
+    pub ops: Vec<interpret::op::Op>,
+    pub flags: Flags,
+    /// Status flags that are needed before, and after, the instruction at hand.
+    pub live: u32,
+    pub live_after: u32,
+    pub guest: u16,
+}
+
+impl<'a, 'p> Builder<'a, 'p> {
+    /// Rewrites the block at `start` of `page` into code for the host address `base`.
+    pub fn build(c: Context<'a>, page: Page<'p>, start: u16, base: u64) -> Output {
+        let mut b = Self {
+            c,
+            a: Asm::new(base),
+            page,
+            start,
+            encoder: Encoder::new(64),
+            info: InstructionInfoFactory::new(),
+            marks: Vec::with_capacity(32),
+            sites: Vec::with_capacity(16),
+            cold: Vec::with_capacity(16),
+            ops: Vec::new(),
+            flags: Flags::Dead,
+            live: 0,
+            live_after: 0,
+            guest: start,
+        };
+        let (instructions, whole) = b.decode();
+        let live = b.liveness(&instructions);
+        if live[0] != 0 {
+            b.flags = Flags::Memory;
+        }
+        let mut open = true;
+        for (n, i) in instructions.iter().enumerate() {
+            (b.live, b.live_after) = (live[n], live[n + 1]);
+            b.guest = i.ip() as u16;
+            if b.live == 0 {
+                b.flags = Flags::Dead;
+            }
+            b.mark(false);
+            open = b.instruction(i);
+        }
+        if open {
+            b.live = STATUS;
+            let end = instructions.last().map_or(start.into(), Instruction::next_ip);
+            if whole || end >= 0x1000 {
+                b.edge(end, false);
+            } else {
+                // An instruction that reaches into the next page, or is none.
+                b.guest = end as u16;
+                b.flags_to_memory();
+                b.leave(Kind::Instruction, end as u16);
+            }
+        }
+        b.finish_cold();
+        Output {
+            code: b.a.code,
+            marks: b.marks,
+            sites: b.sites,
+            ops: b.ops,
+            instructions: instructions.len() as u32,
+        }
+    }
+
+    /// The block's instructions, and whether it ends for its length and not for what comes next.
+    fn decode(&mut self) -> (Vec<Instruction>, bool) {
+        let mut out = Vec::with_capacity(16);
+        let mut at = u64::from(self.start);
+        while out.len() < LENGTH {
+            let next = u16::try_from(at).ok().and_then(|a| self.page.decode(a));
+            let Some(i) = next.filter(|i| !i.is_invalid()) else { return (out, at >= 0x1000) };
+            at = i.next_ip();
+            out.push(i);
+            if !matches!(i.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch) {
+                break;
+            }
+        }
+        (out, true)
+    }
+
+    /// Status flags needed before each instruction, and after the last.
+    fn liveness(&mut self, instructions: &[Instruction]) -> Vec<u32> {
+        let mut live = vec![STATUS; instructions.len() + 1];
+        for (n, i) in instructions.iter().enumerate().rev() {
+            let mut after = live[n + 1];
+            if decode::is_near(i) && matches!(i.mnemonic(), Mnemonic::Jmp) {
+                after = self.page.live_at(self.target(i));
+            } else if i.flow_control() == FlowControl::ConditionalBranch {
+                after |= self.page.live_at(self.target(i));
+            }
+            live[n + 1] = after;
+            live[n] = if self.is_helper(i) {
+                STATUS
+            } else {
+                after & !decode::writes(i) | decode::reads(i)
+            };
+        }
+        live
+    }
+
+    /// Where a direct branch leads, from the start of the page.
+    pub fn target(&self, i: &Instruction) -> u64 {
+        let target = i.near_branch_target();
+        if self.c.mode.wide() { target } else { i64::from(target as u32 as i32) as u64 }
+    }
+
+    /// Whether the reference engine must execute the instruction.
+    pub fn is_helper(&self, i: &Instruction) -> bool {
+        if !interpret::supported(i, self.c.cpuid) {
+            return true;
+        }
+        if self.is_skipped(i) || self.is_control(i) || self.is_stack(i) {
+            return false;
+        }
+        if self.segment_is_special(i) || self.address_is_special(i) {
+            return true;
+        }
+        if i.mnemonic() == Mnemonic::Lea {
+            return false;
+        }
+        match allowed::class(i) {
+            Some(Class::Integer) => self.too_many_temporaries(i),
+            Some(Class::Sse) => self.c.mode.0 & Mode::SSE == 0 || self.too_many_temporaries(i),
+            Some(Class::Avx) => {
+                let gpr_only = (0..i.op_count())
+                    .all(|n| i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr())
+                    && !matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall);
+                !gpr_only && self.c.mode.0 & Mode::AVX == 0 || self.too_many_temporaries(i)
+            }
+            None => true,
+        }
+    }
+
+    /// Whether the instruction does nothing that a guest could see.
+    pub fn is_skipped(&self, i: &Instruction) -> bool {
+        use Mnemonic as M;
+        matches!(
+            i.mnemonic(),
+            M::Nop
+                | M::Endbr64
+                | M::Endbr32
+                | M::Prefetchnta
+                | M::Prefetcht0
+                | M::Prefetcht1
+                | M::Prefetcht2
+                | M::Prefetchw
+        )
+    }
+
+    /// Rewrites one instruction. Tells whether execution can go on behind it.
+    fn instruction(&mut self, i: &Instruction) -> bool {
+        if self.is_helper(i) {
+            return self.helper(i);
+        }
+        if self.is_skipped(i) {
+            return true;
+        }
+        if self.is_control(i) {
+            return self.control(i);
+        }
+        if self.is_stack(i) {
+            self.stack(i);
+        } else if i.mnemonic() == Mnemonic::Lea {
+            self.load_address(i);
+        } else {
+            self.copy(i);
+        }
+        true
+    }
+
+    fn helper(&mut self, i: &Instruction) -> bool {
+        self.flags_to_memory();
+        let op = self.ops.len() as u32;
+        self.ops.push(self.c.vcpu.compile(self.page.bytes(i)));
+        self.leave(Kind::Helper { op }, i.ip() as u16);
+        let site = self.sites.len() - 1;
+        self.sites[site].host = self.a.address();
+        self.flags = Flags::Memory;
+        i.flow_control() == FlowControl::Next
+    }
+
+    /// Notes what begins here.
+    pub fn mark(&mut self, access: bool) {
+        let flags_in_host = matches!(self.flags, Flags::Host | Flags::Both);
+        let host = self.a.here() as u32;
+        self.marks.push(Mark { host, guest: self.guest, access, flags_in_host });
+    }
+
+    /// A site's number in the block.
+    pub fn site(&mut self, kind: Kind, guest: u16, host: u64) -> usize {
+        self.sites.push(Site { kind, guest, block: self.c.block, host });
+        self.sites.len() - 1
+    }
+
+    /// Leaves here.
+    fn leave(&mut self, kind: Kind, guest: u16) {
+        let site = self.site(kind, guest, 0);
+        self.leave_at(site);
+    }
+
+    fn leave_at(&mut self, site: usize) {
+        let number = (self.c.first_site + site) as u32;
+        self.a.store_imm32(frame(at::SITE), number);
+        self.a.jump_to(self.c.stubs.site);
+    }
+
+    /// Makes sure that the flags are in memory. They stay in the host's too, if they are there.
+    pub fn flags_to_memory(&mut self) {
+        if self.flags == Flags::Host {
+            self.a.mov(reg::T, reg::RAX);
+            self.a.flags_to_ax();
+            self.a.store32(frame(at::FLAGS), reg::RAX);
+            self.a.mov(reg::RAX, reg::T);
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// Makes sure that the flags are the host's, without touching any register.
+    pub fn flags_to_host(&mut self) {
+        if self.flags == Flags::Memory {
+            self.a.store(frame(at::SCRATCH), reg::RAX);
+            self.a.load32(reg::RAX, frame(at::FLAGS));
+            self.a.flags_from_ax();
+            self.a.load(reg::RAX, frame(at::SCRATCH));
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// Allows the host's flags to be overwritten. RDI is.
+    pub fn release_flags(&mut self) {
+        if self.live == 0 {
+            self.flags = Flags::Dead;
+            return;
+        }
+        self.flags_to_memory();
+    }
+
+    /// Notes that the host's flags have been overwritten.
+    pub fn flags_lost(&mut self) {
+        if self.flags == Flags::Both {
+            self.flags = Flags::Memory;
+        }
+    }
+
+    /// After an instruction that may write flags.
+    pub fn flags_written(&mut self, i: &Instruction) {
+        if decode::may_write(i) != 0 {
+            self.flags = if self.live_after == 0 { Flags::Dead } else { Flags::Host };
+        }
+    }
+
+    /// Starts an access: what follows can be tried again from here.
+    pub fn begin_access(&mut self) {
+        self.release_flags();
+        self.mark(true);
+    }
+
+    /// From the linear address in RDI of an access of `size` bytes to the addend in RSI.
+    pub fn check(&mut self, size: u32, write: bool) {
+        let retry = self.marks.last().map_or(0, |m| self.a.base + u64::from(m.host));
+        if self.c.host.bmi1 {
+            self.a.page_number();
+        } else {
+            self.a.page_number_by_shifts();
+        }
+        self.a.entry();
+        self.a.test(reg::U);
+        let missing = self.a.jump_if(cc::Z);
+        let site = self.site(Kind::Access { size: size as u8, write }, self.guest, retry);
+        self.cold.push(Cold::Leave { from: vec![missing], site });
+        if size > 1 {
+            self.a.test_low(reg::T, (size - 1) as u8);
+            let from = self.a.jump_if(cc::NZ);
+            let back = self.a.address();
+            self.cold.push(Cold::Misaligned { from, back, size, site });
+        }
+        self.flags_lost();
+    }
+
+    fn finish_cold(&mut self) {
+        for cold in std::mem::take(&mut self.cold) {
+            match cold {
+                Cold::Leave { from, site } => {
+                    from.into_iter().for_each(|f| self.a.bind(f));
+                    self.leave_at(site);
+                }
+                Cold::Misaligned { from, back, size, site } => {
+                    self.a.bind(from);
+                    self.a.store(frame(at::SCRATCH), reg::U);
+                    self.a.lea(true, reg::U, crate::asm::based(reg::T, size as i32 - 1));
+                    self.a.xor32(reg::U, reg::T);
+                    self.a.test_imm(reg::U, 0x1000);
+                    self.a.load(reg::U, frame(at::SCRATCH));
+                    let crosses = self.a.jump_if(cc::NZ);
+                    self.a.jump_to(back);
+                    self.a.bind(crosses);
+                    self.leave_at(site);
+                }
+                Cold::Jump { from, delta } => {
+                    self.a.bind(from);
+                    self.jump_by(delta);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! All translated code of a vCPU: blocks by where their guest code lies in memory.
+//!
+//! What belongs to a page of guest memory lives and dies together: only blocks of one page are linked to each other, so that
+//! when the page's code changes nothing else has to be looked after but the table of jumps.
+
+use std::collections::HashMap;
+
+use interpret::op::Op;
+use memory::Memory;
+
+use crate::Error;
+use crate::block::{Builder, Context, Mark, Mode, Output, Site};
+use crate::buffer::Buffer;
+use crate::decode::Page;
+use crate::frame::Frame;
+use crate::host::Host;
+use crate::stubs::Stubs;
+
+/// A block of translated code.
+pub struct Block {
+    /// Number of its page in [`Cache::pages`].
+    page: u32,
+    /// Host address and length.
+    host: u64,
+    len: u32,
+    marks: Box<[Mark]>,
+    ops: Box<[Op]>,
+}
+
+/// What was made of a page of guest memory, in one mode.
+struct PageCode {
+    offset: u64,
+    mode: Mode,
+    generation: u32,
+    /// Host addresses by offset in the page.
+    entries: HashMap<u16, u64>,
+    /// Entries of the table of jumps that lead here.
+    jumps: Vec<u16>,
+}
+
+/// Counters.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Blocks translated.
+    pub blocks: u64,
+    /// Guest instructions in them.
+    pub instructions: u64,
+    /// Pages of code thrown away because they changed.
+    pub invalidated: u64,
+    /// Times that the code cache was emptied.
+    pub flushes: u64,
+}
+
+/// The code cache.
+pub struct Cache {
+    buffer: Buffer,
+    /// Entry and exit.
+    pub stubs: Stubs,
+    /// Bytes of the stubs, which stay.
+    keep: usize,
+    host: Host,
+    blocks: Vec<Block>,
+    sites: Vec<Site>,
+    pages: Vec<PageCode>,
+    index: HashMap<(u64, Mode), u32>,
+    changes: u64,
+    /// What happened.
+    pub count: Counters,
+}
+
+/// Sites at most, so that their numbers stay small and the bookkeeping bounded.
+const SITES: usize = 1 << 22;
+
+impl Cache {
+    /// An empty cache of `size` bytes.
+    ///
+    /// # Errors
+    /// The host gives no memory.
+    pub fn new(size: usize, host: Host) -> Result<Self, Error> {
+        let mut buffer = Buffer::new(size)?;
+        let stubs = Stubs::new(&mut buffer, host);
+        Ok(Self {
+            keep: buffer.used(),
+            buffer,
+            stubs,
+            host,
+            blocks: Vec::new(),
+            sites: Vec::new(),
+            pages: Vec::new(),
+            index: HashMap::new(),
+            changes: 0,
+            count: Counters::default(),
+        })
+    }
+
+    /// Host addresses of code.
+    pub fn range(&self) -> (u64, u64) {
+        self.buffer.range()
+    }
+
+    /// Bytes of code.
+    pub fn used(&self) -> usize {
+        self.buffer.used()
+    }
+
+    /// A site by its number.
+    pub fn site(&self, n: u32) -> Option<Site> {
+        self.sites.get(n as usize).copied()
+    }
+
+    /// An instruction of a block for the reference engine.
+    #[inline]
+    pub fn op(&self, block: u32, op: u32) -> Option<&Op> {
+        self.blocks.get(block as usize)?.ops.get(op as usize)
+    }
+
+    /// What lies at a host address in translated code.
+    pub fn mark(&self, host: u64) -> Option<(Mark, u64)> {
+        let n = self.blocks.partition_point(|b| b.host <= host).checked_sub(1)?;
+        let block = &self.blocks[n];
+        let offset = host - block.host;
+        if offset >= block.len.into() {
+            return None;
+        }
+        let m = block.marks.partition_point(|m| u64::from(m.host) <= offset).checked_sub(1)?;
+        let mark = block.marks[m];
+        Some((mark, block.host + u64::from(mark.host)))
+    }
+
+    /// Whether the code of a block is as it was when it was translated.
+    pub fn is_fresh(&self, block: u32, memory: &Memory) -> bool {
+        let page = self.blocks.get(block as usize).and_then(|b| self.pages.get(b.page as usize));
+        page.is_some_and(|p| memory.code().generation(p.offset) == p.generation)
+    }
+
+    /// Throws away what was made of code that has changed since. Tells whether there was something.
+    pub fn refresh(&mut self, memory: &Memory, frame: &Frame) -> bool {
+        let changes = memory.code().changes();
+        if changes == self.changes {
+            return false;
+        }
+        self.changes = changes;
+        let mut any = false;
+        for n in 0..self.pages.len() {
+            let page = &self.pages[n];
+            let generation = memory.code().generation(page.offset);
+            if generation != page.generation && !page.entries.is_empty() {
+                self.drop_page(n, frame);
+                any = true;
+            }
+        }
+        any
+    }
+
+    fn drop_page(&mut self, n: usize, frame: &Frame) {
+        let page = &mut self.pages[n];
+        page.entries.clear();
+        page.jumps.drain(..).for_each(|j| frame.clear_jump(j));
+        self.index.remove(&(page.offset, page.mode));
+        self.count.invalidated += 1;
+    }
+
+    /// Forgets everything.
+    pub fn flush(&mut self, frame: &Frame) {
+        self.blocks.clear();
+        self.sites.clear();
+        self.pages.clear();
+        self.index.clear();
+        frame.clear_jumps();
+        self.buffer.truncate(self.keep);
+        self.count.flushes += 1;
+    }
+
+    /// The page of guest memory at `offset`, by its number here.
+    fn page(&mut self, memory: &Memory, offset: u64, mode: Mode, frame: &Frame) -> u32 {
+        let generation = memory.code().generation(offset);
+        if let Some(&n) = self.index.get(&(offset, mode)) {
+            if self.pages[n as usize].generation == generation {
+                return n;
+            }
+            self.drop_page(n as usize, frame);
+        }
+        let n = self.pages.len() as u32;
+        self.pages.push(PageCode { offset, mode, generation, entries: HashMap::new(), jumps: Vec::new() });
+        self.index.insert((offset, mode), n);
+        n
+    }
+
+    /// The host address of the block at `offset` in guest memory, translated now if need be.
+    pub fn find(&mut self, vcpu: &interpret::Cpu, memory: &Memory, offset: u64, mode: Mode, frame: &Frame, options: u32, cpuid: &x86::cpuid::Cpuid) -> Result<u64, Error> {
+        let (at, start) = (offset & !0xfff, (offset & 0xfff) as u16);
+        let mut n = self.page(memory, at, mode, frame);
+        if let Some(&host) = self.pages[n as usize].entries.get(&start) {
+            return Ok(host);
+        }
+        for _ in 0..2 {
+            let entries = &self.pages[n as usize].entries;
+            let context = Context {
+                host: self.host,
+                stubs: self.stubs,
+                cpuid,
+                mode,
+                vcpu,
+                find: &|at| entries.get(&at).copied(),
+                block: self.blocks.len() as u32,
+                first_site: self.sites.len(),
+            };
+            let page = Page::new(memory, at, mode.bits(), options);
+            let output = Builder::build(context, page, start, self.buffer.next());
+            if self.buffer.fits(output.code.len()) && self.sites.len() + output.sites.len() <= SITES {
+                return Ok(self.keep(n, start, output));
+            }
+            self.flush(frame);
+            n = self.page(memory, at, mode, frame);
+        }
+        Err(Error::Space)
+    }
+
+    fn keep(&mut self, page: u32, start: u16, output: Output) -> u64 {
+        let host = self.buffer.next();
+        self.buffer.push(&output.code);
+        self.count.blocks += 1;
+        self.count.instructions += u64::from(output.instructions);
+        self.blocks.push(Block {
+            page,
+            host,
+            len: output.code.len() as u32,
+            marks: output.marks.into(),
+            ops: output.ops.into(),
+        });
+        self.sites.extend(output.sites);
+        self.pages[page as usize].entries.insert(start, host);
+        host
+    }
+
+    /// Enters a jump to `offset` in guest memory, for the salted linear address `tag`.
+    pub fn enter_jump(&mut self, frame: &Frame, offset: u64, mode: Mode, tag: u64, host: u64) {
+        frame.set_jump(tag, host);
+        if let Some(&n) = self.index.get(&(offset & !0xfff, mode)) {
+            let jumps = &mut self.pages[n as usize].jumps;
+            // The same entry again and again, as contexts change, must not make the list grow.
+            if jumps.len() >= 512 {
+                jumps.sort_unstable();
+                jumps.dedup();
+            }
+            jumps.push(tag as u16);
+        }
+    }
+
+    /// The block in the same page as `site` at its target, and with it the link. `None` if it has to be translated first.
+    pub fn link(&mut self, site: &Site) -> Option<u64> {
+        let block = self.blocks.get(site.block as usize)?;
+        let target = *self.pages.get(block.page as usize)?.entries.get(&site.guest)?;
+        self.buffer.patch(site.host, target.wrapping_sub(site.host + 4) as i32);
+        Some(target)
+    }
+
+    /// Where the page of a block lies in guest memory, and its mode.
+    pub fn place(&self, block: u32) -> Option<(u64, Mode)> {
+        let page = self.pages.get(self.blocks.get(block as usize)?.page as usize)?;
+        Some((page.offset, page.mode))
+    }
+}

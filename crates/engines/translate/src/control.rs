@@ -1,0 +1,246 @@
+//! What branches, calls and returns become.
+
+use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind};
+
+use crate::asm::{Mem, based, cc, frame, reg, sum};
+use crate::block::{Builder, Cold, Kind};
+use crate::decode::{self, is_near};
+use crate::frame::at;
+
+impl Builder<'_, '_> {
+    /// Whether the instruction is a near branch, call or return of the mode's own size.
+    pub fn is_control(&self, i: &Instruction) -> bool {
+        let word = self.c.mode.word();
+        if is_near(i) && i32::try_from(self.target(i) as i64).is_err() {
+            return false;
+        }
+        match i.flow_control() {
+            FlowControl::ConditionalBranch => {
+                // LOOP and JCXZ count in a register of the address size; of the mode's own size only.
+                decode::condition(i).is_some() && is_near(i) && i.op0_kind() != OpKind::NearBranch16
+                    || self.counts(i)
+            }
+            FlowControl::UnconditionalBranch => is_near(i) && i.op0_kind() != OpKind::NearBranch16,
+            FlowControl::Call => {
+                is_near(i) && i.op0_kind() != OpKind::NearBranch16 && i.stack_pointer_increment() == -word
+            }
+            FlowControl::IndirectBranch | FlowControl::IndirectCall => {
+                let size = match i.op0_kind() {
+                    OpKind::Register => i.op0_register().size() as i32,
+                    OpKind::Memory => i.memory_size().size() as i32,
+                    _ => 0,
+                };
+                matches!(i.mnemonic(), Mnemonic::Jmp | Mnemonic::Call)
+                    && size == word
+                    && !is_far(i)
+                    && !self.segment_is_special(i)
+                    && !self.address_is_special(i)
+            }
+            FlowControl::Return => {
+                i.mnemonic() == Mnemonic::Ret && matches!(
+                    (i.code(), word),
+                    (iced_x86::Code::Retnq | iced_x86::Code::Retnq_imm16, 8)
+                        | (iced_x86::Code::Retnd | iced_x86::Code::Retnd_imm16, 4)
+                )
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether it is LOOP, LOOPE, LOOPNE or JCXZ with a counter of the mode's size.
+    fn counts(&self, i: &Instruction) -> bool {
+        use Mnemonic as M;
+        if !is_near(i) || i.op0_kind() == OpKind::NearBranch16 {
+            return false;
+        }
+        match i.mnemonic() {
+            M::Jrcxz => true,
+            M::Jecxz => !self.c.mode.wide(),
+            M::Loop | M::Loope | M::Loopne => {
+                use iced_x86::Code as C;
+                let wide = matches!(
+                    i.code(),
+                    C::Loop_rel8_64_RCX | C::Loope_rel8_64_RCX | C::Loopne_rel8_64_RCX
+                );
+                let narrow = matches!(
+                    i.code(),
+                    C::Loop_rel8_32_ECX | C::Loope_rel8_32_ECX | C::Loopne_rel8_32_ECX
+                );
+                if self.c.mode.wide() { wide } else { narrow }
+            }
+            _ => false,
+        }
+    }
+
+    /// Rewrites a branch. Tells whether execution can go on behind it.
+    pub fn control(&mut self, i: &Instruction) -> bool {
+        match i.flow_control() {
+            FlowControl::ConditionalBranch => {
+                match decode::condition(i).filter(|_| !self.counts(i)) {
+                    Some(condition) => self.branch(i, condition),
+                    None => self.count(i),
+                }
+                return true;
+            }
+            FlowControl::UnconditionalBranch => {
+                let target = self.target(i);
+                self.edge(target, target <= i.ip());
+            }
+            FlowControl::Call => {
+                self.push_return(i);
+                let target = self.target(i);
+                // A call into the same page is linked; recursion is a loop, so it is polled.
+                self.edge(target, target <= i.ip());
+            }
+            FlowControl::IndirectBranch => {
+                self.flags_to_memory();
+                self.load_operand(i);
+                self.jump();
+            }
+            FlowControl::IndirectCall => {
+                self.flags_to_memory();
+                self.load_operand(i);
+                self.a.store(frame(at::TARGET), reg::T);
+                self.push_return(i);
+                self.a.load(reg::T, frame(at::TARGET));
+                self.jump();
+            }
+            _ => {
+                self.pop_to_t();
+                let more = if i.op_count() > 0 { i32::from(i.immediate16()) } else { 0 };
+                self.move_stack(self.c.mode.word() + more);
+                self.flags_to_memory();
+                self.jump();
+            }
+        }
+        false
+    }
+
+    /// Pushes the address of the next instruction.
+    fn push_return(&mut self, i: &Instruction) {
+        self.push_place();
+        self.a.lea(true, reg::T, sum(reg::T, reg::U));
+        self.a.load(reg::U, frame(at::PAGE));
+        let wide = self.c.mode.wide();
+        self.a.lea(wide, reg::U, based(reg::U, i.next_ip() as i32));
+        self.a.rm(wide, &[0x89], reg::U, based(reg::T, 0));
+        self.move_stack(-self.c.mode.word());
+    }
+
+    /// Jcc.
+    fn branch(&mut self, i: &Instruction, condition: u8) {
+        let target = self.target(i);
+        let back = target <= i.ip();
+        self.flags_to_host();
+        if target >= 0x1000 {
+            self.flags_to_memory();
+            let from = self.a.jump_if(condition);
+            self.cold.push(Cold::Jump { from, delta: target as i32 });
+            return;
+        }
+        if self.page.live_at(target) != 0 {
+            self.flags_to_memory();
+        }
+        if back {
+            let over = self.a.jump_if(condition ^ 1);
+            let kept = self.flags;
+            self.edge(target, true);
+            self.flags = kept;
+            self.a.bind(over);
+        } else {
+            let from = self.a.jump_if(condition);
+            self.link(from, target as u16);
+        }
+    }
+
+    /// LOOP, LOOPE, LOOPNE, JCXZ: the host's own, over a jump.
+    fn count(&mut self, i: &Instruction) {
+        let target = self.target(i);
+        let live = if target >= 0x1000 { decode::STATUS } else { self.page.live_at(target) };
+        if decode::reads(i) != 0 {
+            self.flags_to_host();
+        }
+        if live != 0 {
+            self.flags_to_memory();
+        }
+        let opcode = match i.mnemonic() {
+            Mnemonic::Loopne => 0xe0,
+            Mnemonic::Loope => 0xe1,
+            Mnemonic::Loop => 0xe2,
+            _ => 0xe3,
+        };
+        if !self.c.mode.wide() {
+            self.a.raw(&[0x67]);
+        }
+        // Taken: over the jump that leads on.
+        self.a.raw(&[opcode, 5]);
+        let on = self.a.jump();
+        let kept = self.flags;
+        self.edge(target, target <= i.ip());
+        self.flags = kept;
+        self.a.bind(on);
+    }
+
+    /// Goes on at `target`, from the start of the page; `poll` if that could close a loop.
+    pub fn edge(&mut self, target: u64, poll: bool) {
+        if target >= 0x1000 {
+            self.flags_to_memory();
+            return self.jump_by(target as i32);
+        }
+        let target = target as u16;
+        if self.page.live_at(target.into()) != 0 {
+            self.flags_to_memory();
+        }
+        if poll {
+            self.a.cmp_imm(frame(at::POLL), 0);
+            let rung = self.a.jump_if(cc::NZ);
+            let site = self.site(Kind::Poll, target, 0);
+            self.cold.push(Cold::Leave { from: vec![rung], site });
+        }
+        let from = self.a.jump();
+        self.link(from, target);
+    }
+
+    /// Lets a branch lead to a block of this page, now or when there is one.
+    fn link(&mut self, from: crate::asm::Fixup, target: u16) {
+        let known = if target == self.start { Some(self.a.base) } else { (self.c.find)(target) };
+        match known {
+            Some(host) => self.a.point(from, host),
+            None => {
+                let site = self.site(Kind::Link, target, self.a.base + from.0 as u64);
+                self.cold.push(Cold::Leave { from: vec![from], site });
+            }
+        }
+    }
+
+    /// Goes on in another page, `delta` from the start of this one.
+    pub fn jump_by(&mut self, delta: i32) {
+        self.a.load(reg::T, frame(at::PAGE));
+        self.a.lea(self.c.mode.wide(), reg::T, based(reg::T, delta));
+        self.jump();
+    }
+
+    /// Goes on at the linear address in RDI. The flags are in memory.
+    pub fn jump(&mut self) {
+        let entry = |field: i32| Mem { base: Some(reg::RSP), index: Some((reg::U, 3)), disp: at::JUMPS + field };
+        self.a.mov(reg::U, reg::T);
+        self.a.raw(&[0x48, 0x81, 0xe6, 0x00, 0xf0, 0xff, 0xff]); // AND RSI, -4096
+        self.a.store(frame(at::PAGE), reg::U);
+        self.a.zero_extend16(reg::U, reg::T);
+        self.a.add32(reg::U, reg::U);
+        self.a.add(reg::T, frame(at::SALT));
+        self.a.cmp(reg::T, entry(0));
+        let miss = self.a.jump_if(cc::NZ);
+        self.a.point(miss, self.c.stubs.jump);
+        self.a.jump_mem(entry(8));
+    }
+}
+
+/// Whether an indirect branch goes through a far pointer.
+fn is_far(i: &Instruction) -> bool {
+    use iced_x86::Code as C;
+    matches!(
+        i.code(),
+        C::Jmp_m1616 | C::Jmp_m1632 | C::Jmp_m1664 | C::Call_m1616 | C::Call_m1632 | C::Call_m1664
+    )
+}

@@ -1,0 +1,628 @@
+//! The run loop: into translated code, and what to do when it is left.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use iced_x86::{Decoder, InstructionInfoFactory, OpAccess, Register};
+use interpret::Shutdown;
+use interpret::flags::Lazy;
+use interpret::op::{Flow, slot};
+use interpret::tlb::{ENTRIES, Flush, Tlb};
+use machine::cpu::{Debug, Error as CpuError, Exit, Kick, State, Stats, Vcpu};
+use machine::{Gpa, Machine, apic};
+use memory::Memory;
+use x86::control::{cr0, cr4, xcr0};
+use x86::cpuid::Cpuid;
+use x86::segment::{attr, index};
+
+use crate::Error;
+use crate::block::{Kind, Mode, Site};
+use crate::cache::Cache;
+use crate::frame::{Frame, at, reason};
+use crate::host::Host;
+use crate::lpt::Lpt;
+use crate::seats::number;
+use crate::signal::{self, Running};
+
+/// Bytes of translated code that a vCPU keeps at most.
+const CODE: usize = 64 << 20;
+/// Stores into a page that holds code, after which stores to it are no longer tried.
+const PATIENCE: u32 = 32;
+
+/// Counters.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    entries: u64,
+    helpers: u64,
+    instructions: u64,
+    fills: u64,
+    slow: u64,
+    faults: u64,
+    links: u64,
+    jumps: u64,
+    polls: u64,
+}
+
+/// A vCPU of the translate engine.
+pub struct Cpu {
+    vcpu: interpret::Cpu,
+    memory: Memory,
+    cpuid: Arc<Cpuid>,
+    host: Host,
+    frame: Frame,
+    /// By the TLB's banks: supervisor, user, supervisor with access to user pages.
+    tables: [Lpt; 3],
+    cache: Cache,
+    salts: Salts,
+    /// Host addresses of guest memory: writable, and read-only.
+    alias: (u64, u64, u64),
+    gs: u64,
+    count: Counters,
+    info: InstructionInfoFactory,
+    /// How often stores hit pages with code.
+    hits: std::collections::HashMap<u64, u32>,
+}
+
+/// What is added to linear addresses in the table of jumps, by what else decides about what they mean.
+struct Salts {
+    next: u16,
+    now: [u16; 64],
+    /// Linear pages, and GiB, that the table of jumps has addresses in.
+    pages: HashSet<u64>,
+    gibs: HashSet<u64>,
+}
+
+impl Salts {
+    fn reset(&mut self) {
+        self.now = [0; 64];
+        self.pages.clear();
+        self.gibs.clear();
+    }
+}
+
+/// Where to go on.
+enum Next {
+    /// At this host address.
+    Host(u64),
+    /// At RIP, wherever that is now.
+    Look,
+}
+
+impl Cpu {
+    /// A vCPU of `machine` after reset, with its APIC. Number 0 is the boot processor.
+    ///
+    /// # Errors
+    /// The host lacks memory or address space.
+    pub fn new(machine: Arc<Machine>, local: Arc<apic::Local>, cpuid: Arc<Cpuid>, index: u32) -> Result<Self, Error> {
+        let memory = machine.memory.clone();
+        let alias = memory.alias()?;
+        let alias = (alias.writable(), alias.readable(), alias.len());
+        let frame = Frame::new()?;
+        let bell = frame.bell();
+        local.set_bell(move || bell.ring());
+        let host = Host::detect();
+        let mut vcpu = interpret::Cpu::new(machine, local, cpuid.clone(), index);
+        vcpu.core().tlb.log = Some(Vec::new());
+        Ok(Self {
+            vcpu,
+            memory,
+            cpuid,
+            host,
+            frame,
+            tables: [Lpt::new()?, Lpt::new()?, Lpt::new()?],
+            cache: Cache::new(CODE, host)?,
+            salts: Salts { next: 2, now: [0; 64], pages: HashSet::new(), gibs: HashSet::new() },
+            alias,
+            gs: 0,
+            count: Counters::default(),
+            info: InstructionInfoFactory::new(),
+            hits: std::collections::HashMap::new(),
+        })
+    }
+
+    /// What code means now; `None` if it is left to the reference engine.
+    fn mode(&mut self) -> Option<Mode> {
+        let core = self.vcpu.core();
+        if core.bank == Tlb::USER_ALIGNED {
+            return None;
+        }
+        let mut mode = 0;
+        if core.bits == 64 {
+            mode |= Mode::LONG;
+        } else {
+            let flat = [index::ES, index::SS, index::DS].iter().all(|&n| core.flat >> n & 0x101 == 0x101);
+            let cs = core.s.segments[index::CS];
+            if core.bits != 32
+                || !core.protected()
+                || !flat
+                || cs.base != 0
+                || cs.limit != u32::MAX
+                || core.stack_mask != 0xffff_ffff
+            {
+                return None;
+            }
+            let usable = |n: usize| {
+                let s = core.s.segments[n];
+                s.limit == u32::MAX && s.usable() && !s.has(attr::CODE) && s.has(attr::RW) && !s.has(attr::DC)
+            };
+            mode |= if usable(index::FS) { Mode::FS } else { 0 };
+            mode |= if usable(index::GS) { Mode::GS } else { 0 };
+        }
+        let s = &core.s;
+        if s.cr0 & (cr0::EM | cr0::TS) == 0 && s.cr4 & cr4::OSFXSR != 0 {
+            mode |= Mode::SSE;
+        }
+        let both = xcr0::SSE | xcr0::AVX;
+        if s.cr0 & cr0::TS == 0 && s.cr4 & cr4::OSXSAVE != 0 && s.xcr0 & both == both && core.protected() {
+            mode |= Mode::AVX;
+        }
+        Some(Mode(mode))
+    }
+
+    /// Takes note of what the guest's TLB was told to forget, and of code that changed.
+    fn refresh(&mut self) {
+        if self.vcpu.core().tlb.log.as_ref().is_some_and(|l| !l.is_empty()) {
+            self.flush_tables();
+        }
+        self.cache.refresh(&self.memory, &self.frame);
+    }
+
+    fn flush_tables(&mut self) {
+        let core = self.vcpu.core();
+        let log = core.tlb.log.replace(Vec::new()).unwrap_or_default();
+        for flush in log {
+            match flush {
+                Flush::All => {
+                    self.tables.iter_mut().for_each(Lpt::flush_all);
+                    self.salts.reset();
+                }
+                Flush::Local => {
+                    self.tables.iter_mut().for_each(Lpt::flush_local);
+                    self.salts.reset();
+                }
+                Flush::Page(linear) => {
+                    self.tables.iter_mut().for_each(|t| t.flush_page(linear));
+                    let large = self.vcpu.core().tlb.may_be_large(linear);
+                    let salts = &mut self.salts;
+                    if salts.pages.contains(&(linear >> 12)) || large && salts.gibs.contains(&(linear >> 30)) {
+                        salts.reset();
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is added to linear addresses now.
+    fn salt(&mut self, mode: Mode) -> u64 {
+        let user = u8::from(self.vcpu.core().cpl == 3);
+        let n = usize::from((mode.0 << 1 | user) & 63);
+        if self.salts.now[n] == 0 {
+            if self.salts.next >= 0x7ff0 {
+                self.frame.clear_jumps();
+                self.salts.next = 2;
+                self.salts.reset();
+            }
+            self.salts.now[n] = self.salts.next;
+            self.salts.next += 2;
+        }
+        u64::from(self.salts.now[n]) << 48
+    }
+
+    fn linear(&mut self) -> u64 {
+        let core = self.vcpu.core();
+        core.code_linear(core.rip)
+    }
+
+    /// Host address of the block at RIP. `None` if the reference engine executes what is there.
+    fn look(&mut self, mode: Mode, salt: u64) -> interpret::op::Result<Option<u64>> {
+        let linear = self.linear();
+        let tag = linear.wrapping_add(salt);
+        let (found, host) = self.frame.jump(tag as u16);
+        if found == tag {
+            return Ok(Some(host));
+        }
+        let Some(offset) = self.vcpu.core().fetch(linear)? else { return Ok(None) };
+        let Some(host) = self.find(offset, mode) else { return Ok(None) };
+        self.cache.enter_jump(&self.frame, offset, mode, tag, host);
+        self.salts.pages.insert(linear >> 12);
+        self.salts.gibs.insert(linear >> 30);
+        Ok(Some(host))
+    }
+
+    fn find(&mut self, offset: u64, mode: Mode) -> Option<u64> {
+        let options = interpret::options(self.vcpu.core());
+        let Self { cache, vcpu, memory, frame, cpuid, .. } = self;
+        cache.find(vcpu, memory, offset, mode, frame, options, cpuid).ok()
+    }
+
+    /// Runs translated code until something else has to be looked at.
+    fn translated(&mut self, mode: Mode) -> Result<(), Stop> {
+        let salt = self.salt(mode);
+        let mut host = match self.look(mode, salt) {
+            Ok(Some(host)) => host,
+            Ok(None) => return self.vcpu.instruction().map_err(Stop::from),
+            Err(_) => return self.vcpu.exception().map_err(Stop::from),
+        };
+        self.frame.listen(salt);
+        self.start();
+        loop {
+            if self.frame.is_rung() {
+                self.frame.listen(salt);
+            }
+            // It may have come before the bell was listened to.
+            if self.vcpu.wants_attention() {
+                self.flags_out();
+                return Ok(());
+            }
+            self.enter(host);
+            host = match self.left()? {
+                Next::Host(host) => host,
+                Next::Look => match self.again(mode, salt)? {
+                    Some(host) => host,
+                    None => return Ok(()),
+                },
+            };
+        }
+    }
+
+    /// Prepares the frame for the start of a block at RIP.
+    fn start(&mut self) {
+        let page = self.linear() & !0xfff;
+        self.frame.set(at::PAGE, page);
+        self.flags_in();
+    }
+
+    /// The block at RIP, if nothing else has to be looked at first.
+    fn again(&mut self, mode: Mode, salt: u64) -> Result<Option<u64>, Stop> {
+        self.refresh();
+        if self.vcpu.wants_attention() || self.mode() != Some(mode) || self.salt(mode) != salt {
+            return Ok(None);
+        }
+        let Ok(Some(host)) = self.look(mode, salt) else { return Ok(None) };
+        self.start();
+        Ok(Some(host))
+    }
+
+    fn enter(&mut self, host: u64) {
+        let core = self.vcpu.core();
+        let (fs, gs) = (core.r[usize::from(slot::FS)], core.r[usize::from(slot::GS)]);
+        let table = self.tables[(core.bank / ENTRIES).min(2)].base();
+        self.frame.set(at::FS, fs);
+        self.frame.set(at::GS, gs);
+        if self.gs != table {
+            self.host.set_gs_base(table);
+            self.gs = table;
+        }
+        self.count.entries += 1;
+        // SAFETY: `host` is the start of a block, where a site goes on, or where an access is tried again, all in code that
+        // has not been flushed since; pointers were set in `run`, and the table's entries all come from `fill`.
+        unsafe { self.cache.stubs.enter(&self.frame, host) };
+    }
+
+    /// The status flags from the frame.
+    fn flags_out(&mut self) {
+        let ax = u64::from(self.frame.get32(at::FLAGS));
+        self.vcpu.core().lazy = Lazy::from_bits((ax >> 8 & 0xd5) | (ax & 1) << 11);
+    }
+
+    /// The status flags to the frame.
+    fn flags_in(&mut self) {
+        let bits = self.vcpu.core().lazy.bits();
+        self.frame.set32(at::FLAGS, ((bits & 0xd5) << 8 | bits >> 11 & 1) as u32);
+    }
+
+    fn set_rip(&mut self, guest: u16) {
+        let rip = self.frame.get(at::PAGE).wrapping_add(guest.into());
+        let core = self.vcpu.core();
+        core.rip = if core.bits == 64 { rip } else { rip & 0xffff_ffff };
+    }
+
+    /// Looks after why translated code was left.
+    fn left(&mut self) -> Result<Next, Stop> {
+        match self.frame.get32(at::REASON) {
+            reason::SITE => {
+                let Some(site) = self.cache.site(self.frame.get32(at::SITE)) else { return Err(Stop::Bug("a site that is none".into())) };
+                self.set_rip(site.guest);
+                self.at_site(site)
+            }
+            reason::JUMP => {
+                self.count.jumps += 1;
+                let low = self.frame.get(at::LINEAR) & 0xfff;
+                self.set_rip(low as u16);
+                self.flags_out();
+                Ok(Next::Look)
+            }
+            _ => self.fault(),
+        }
+    }
+
+    fn at_site(&mut self, site: Site) -> Result<Next, Stop> {
+        match site.kind {
+            Kind::Access { size, write } => {
+                let linear = self.frame.get(at::LINEAR);
+                if self.fill(linear, size, write) {
+                    return Ok(Next::Host(site.host));
+                }
+                self.count.slow += 1;
+                self.flags_out();
+                self.interpret()
+            }
+            Kind::Helper { op } => self.help(site, op),
+            Kind::Instruction => {
+                self.flags_out();
+                self.interpret()
+            }
+            Kind::Link => self.link(site),
+            Kind::Poll => {
+                self.count.polls += 1;
+                self.flags_out();
+                Ok(Next::Look)
+            }
+        }
+    }
+
+    fn interpret(&mut self) -> Result<Next, Stop> {
+        self.count.instructions += 1;
+        self.vcpu.instruction()?;
+        Ok(Next::Look)
+    }
+
+    fn help(&mut self, site: Site, op: u32) -> Result<Next, Stop> {
+        self.count.helpers += 1;
+        self.flags_out();
+        let Some(op) = self.cache.op(site.block, op) else { return self.interpret() };
+        let mode = self.cache.place(site.block).map(|p| p.1);
+        match self.vcpu.execute(op) {
+            Ok(Flow::Next) => {
+                let core = self.vcpu.core();
+                let quiet = !core.hit && core.tlb.log.as_ref().is_some_and(Vec::is_empty);
+                if quiet && !self.vcpu.wants_attention() && self.mode() == mode {
+                    self.flags_in();
+                    return Ok(Next::Host(site.host));
+                }
+                Ok(Next::Look)
+            }
+            Ok(_) => Ok(Next::Look),
+            Err(_) => {
+                self.vcpu.exception()?;
+                Ok(Next::Look)
+            }
+        }
+    }
+
+    fn link(&mut self, site: Site) -> Result<Next, Stop> {
+        self.count.links += 1;
+        self.cache.refresh(&self.memory, &self.frame);
+        if let Some(host) = self.cache.link(&site) {
+            return Ok(Next::Host(host));
+        }
+        if let Some((page, mode)) = self.cache.place(site.block)
+            && self.cache.is_fresh(site.block, &self.memory)
+        {
+            let before = self.cache.count.flushes;
+            let host = self.find(page + u64::from(site.guest), mode);
+            if let Some(host) = host {
+                if before == self.cache.count.flushes {
+                    self.cache.link(&site);
+                }
+                return Ok(Next::Host(host));
+            }
+        }
+        self.flags_out();
+        Ok(Next::Look)
+    }
+
+    /// Fills the entry for an access. False if the reference engine should do the access.
+    fn fill(&mut self, linear: u64, size: u8, write: bool) -> bool {
+        if (linear & 0xfff) + u64::from(size) > 0x1000 {
+            return false;
+        }
+        let core = self.vcpu.core();
+        let bank = core.bank;
+        let Ok(Some(m)) = core.map(linear, write, bank) else { return false };
+        let code = self.memory.code();
+        let mut host = self.alias.1 + m.offset;
+        if m.writable {
+            let busy = code.holds_code(m.offset) && self.hits.get(&m.offset).is_some_and(|&n| n > PATIENCE);
+            if busy && write {
+                return false;
+            }
+            let protected = self.memory.alias().is_ok_and(|a| a.is_protected(m.offset));
+            if write && protected && !busy {
+                code.unprotect(m.offset);
+            }
+            if !busy {
+                host = self.alias.0 + m.offset;
+            }
+        }
+        self.count.fills += 1;
+        if let Some(t) = self.tables.get_mut(bank / ENTRIES) {
+            t.fill(linear, host, m.global, m.shift);
+        }
+        true
+    }
+
+    /// A fault of the host's processor.
+    fn fault(&mut self) -> Result<Next, Stop> {
+        self.count.faults += 1;
+        let pc = self.frame.get(at::FAULT_PC);
+        let address = self.frame.get(at::FAULT_ADDRESS);
+        let signal = self.frame.get(at::FAULT_SIGNAL) as i32;
+        let Some((mark, host)) = self.cache.mark(pc) else {
+            return Err(Stop::Bug(format!("signal {signal} at {pc:#x}, which is in no block")));
+        };
+        self.set_rip(mark.guest);
+        if mark.flags_in_host {
+            let bits = self.frame.get(at::FAULT_FLAGS);
+            self.vcpu.core().lazy = Lazy::from_bits(bits);
+        } else {
+            self.flags_out();
+        }
+        let (rw, ro, len) = self.alias;
+        let inside = (rw..rw + len).contains(&address) || (ro..ro + len).contains(&address);
+        if signal == libc::SIGSEGV && inside {
+            if self.store_fault(address) && mark.access {
+                return Ok(Next::Host(host));
+            }
+        } else if signal == libc::SIGSEGV && address != 0 {
+            return Err(Stop::Bug(format!("an access to {address:#x} at {pc:#x} left guest memory")));
+        }
+        self.interpret()
+    }
+
+    /// A store met a page that cannot be written. True if it can be now.
+    fn store_fault(&mut self, address: u64) -> bool {
+        let (rw, ro, len) = self.alias;
+        let offset = if (rw..rw + len).contains(&address) { address - rw } else { address - ro } & !0xfff;
+        let core = self.vcpu.core();
+        let rip = core.rip;
+        let linear = core.code_linear(rip);
+        let Ok(Some(at)) = core.fetch(linear) else { return false };
+        let mut bytes = [0; 15];
+        self.memory.read(at, &mut bytes);
+        let options = interpret::options(core);
+        let i = Decoder::with_ip(core.bits.into(), &bytes, rip, options).decode();
+        let wide = core.bits == 64;
+        let value = |core: &interpret::core::Core, r: Register| -> u64 {
+            match r {
+                Register::FS => core.r[usize::from(slot::FS)],
+                Register::GS => core.r[usize::from(slot::GS)],
+                r if r.is_segment_register() => 0,
+                Register::RIP => i.next_ip(),
+                r if r.is_gpr32() => core.r[usize::from(number(r))] & 0xffff_ffff,
+                r => core.r[usize::from(number(r))],
+            }
+        };
+        let info = self.info.info(&i);
+        let stores: Vec<(u64, u8)> = info
+            .used_memory()
+            .iter()
+            .filter(|m| !matches!(m.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None))
+            .filter_map(|m| {
+                let at = m.virtual_address(0, |r, _, _| Some(value(self.vcpu.core(), r)))?;
+                Some((if wide { at } else { at & 0xffff_ffff }, m.memory_size().size().clamp(1, 64) as u8))
+            })
+            .collect();
+        if self.memory.code().holds_code(offset) {
+            if self.hits.len() > 4096 {
+                self.hits.clear();
+            }
+            *self.hits.entry(offset).or_default() += 1;
+        }
+        let bank = (self.vcpu.core().bank / ENTRIES).min(2);
+        for (linear, size) in stores {
+            let entry = self.tables[bank].get(linear);
+            let page = entry.wrapping_add(linear & !0xfff);
+            if entry == 0 || (page != rw + offset && page != ro + offset) {
+                continue;
+            }
+            self.tables[bank].forget(linear);
+            return self.fill(linear, size, true) && !self.memory.code().holds_code(offset) && self.is_writable(linear);
+        }
+        false
+    }
+
+    fn is_writable(&mut self, linear: u64) -> bool {
+        let (rw, _, len) = self.alias;
+        let bank = (self.vcpu.core().bank / ENTRIES).min(2);
+        let host = self.tables[bank].get(linear).wrapping_add(linear & !0xfff);
+        (rw..rw + len).contains(&host)
+    }
+
+    fn step(&mut self) -> Result<Option<Exit>, Stop> {
+        if self.vcpu.wants_attention() {
+            return Ok(self.vcpu.attend()?);
+        }
+        self.refresh();
+        match self.mode() {
+            Some(mode) => self.translated(mode)?,
+            None => self.vcpu.blocks(256)?,
+        }
+        Ok(None)
+    }
+}
+
+/// Why the run loop ends.
+enum Stop {
+    /// The processor shut down.
+    Shutdown,
+    /// We did something wrong.
+    Bug(String),
+}
+
+impl From<Shutdown> for Stop {
+    fn from(_: Shutdown) -> Self {
+        Self::Shutdown
+    }
+}
+
+impl Vcpu for Cpu {
+    fn run(&mut self) -> Result<Exit, CpuError> {
+        let core = self.vcpu.core();
+        let (registers, simd) = (core.r.as_ptr() as u64, std::ptr::from_ref(&core.fpu) as u64);
+        self.frame.set(at::REGISTERS, registers);
+        self.frame.set(at::SIMD, simd);
+        self.gs = 0;
+        signal::prepare(Running {
+            range: self.cache.range(),
+            frame: self.frame.base() as u64,
+            exit: self.cache.stubs.fault,
+        });
+        let result = loop {
+            match self.step() {
+                Ok(None) => {}
+                Ok(Some(exit)) => break Ok(exit),
+                Err(Stop::Shutdown) => break Ok(self.vcpu.shut_down()),
+                Err(Stop::Bug(what)) => {
+                    let what = format!("the translate engine has a bug: {what}; please report it, and use --engine interpret");
+                    break Err(CpuError::Guest(what));
+                }
+            }
+        };
+        signal::done();
+        result
+    }
+
+    fn state(&mut self) -> Result<State, CpuError> {
+        self.vcpu.state()
+    }
+
+    fn set_state(&mut self, state: &State) -> Result<(), CpuError> {
+        self.vcpu.set_state(state)
+    }
+
+    fn debug(&mut self, debug: &Debug) -> Result<(), CpuError> {
+        self.vcpu.debug(debug)
+    }
+
+    fn translate(&mut self, linear: u64) -> Option<Gpa> {
+        self.vcpu.translate(linear)
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.vcpu.kicker()
+    }
+
+    fn stats(&self) -> Stats {
+        let mut stats = self.vcpu.stats();
+        stats.instructions = None;
+        let (c, k) = (&self.count, &self.cache.count);
+        stats.counters.extend([
+            ("blocks translated", k.blocks),
+            ("instructions translated", k.instructions),
+            ("bytes of code", self.cache.used() as u64),
+            ("code cache flushes", k.flushes),
+            ("pages of code that changed", k.invalidated),
+            ("entries into code", c.entries),
+            ("exits: instructions executed by the reference engine", c.helpers),
+            ("exits: pages looked up for accesses", c.fills),
+            ("exits: accesses done by the reference engine", c.slow),
+            ("exits: jumps looked up", c.jumps),
+            ("exits: links", c.links),
+            ("exits: polls", c.polls),
+            ("exits: host faults", c.faults),
+            ("single instructions interpreted", c.instructions),
+        ]);
+        stats
+    }
+}

@@ -1,0 +1,187 @@
+//! Guest code of one page, decoded, and which status flags live through it.
+
+use iced_x86::{Code, ConditionCode, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use memory::Memory;
+
+/// Bytes of the longest instruction.
+pub const LONGEST: u64 = 15;
+const PAGE: u64 = 0x1000;
+/// Instructions that are looked at to see whether a jump's target needs the flags.
+const AHEAD: usize = 12;
+
+/// The six status flags, as iced has them.
+pub const STATUS: u32 = RflagsBits::OF
+    | RflagsBits::SF
+    | RflagsBits::ZF
+    | RflagsBits::AF
+    | RflagsBits::CF
+    | RflagsBits::PF;
+
+/// A page of guest code: read, and marked as cached, as far as it was looked at.
+pub struct Page<'a> {
+    memory: &'a Memory,
+    /// Offset of the page in guest memory.
+    offset: u64,
+    bits: u32,
+    options: u32,
+    bytes: Box<[u8; PAGE as usize]>,
+    /// A bit for each 64-byte line that was read.
+    lines: u64,
+}
+
+impl<'a> Page<'a> {
+    /// The page of guest memory at `offset`, not yet looked at.
+    pub fn new(memory: &'a Memory, offset: u64, bits: u32, options: u32) -> Self {
+        Self {
+            memory,
+            offset: offset & !(PAGE - 1),
+            bits,
+            options,
+            bytes: Box::new([0; PAGE as usize]),
+            lines: 0,
+        }
+    }
+
+    fn look(&mut self, from: u16, to: u64) {
+        let (first, last) = (u64::from(from) / 64, (to - 1) / 64);
+        for line in first..=last.min(63) {
+            if self.lines >> line & 1 == 0 {
+                self.lines |= 1 << line;
+                let at = line * 64;
+                // Marked before it is read: see `memory::code`.
+                self.memory.code().mark(self.offset + at, 64);
+                for n in (0..64).step_by(8) {
+                    let word: u64 = self.memory.load(self.offset + at + n);
+                    let to = (at + n) as usize;
+                    self.bytes[to..to + 8].copy_from_slice(&word.to_le_bytes());
+                }
+            }
+        }
+    }
+
+    /// The instruction at `at`, with that as its IP. `None` if it does not lie in this page whole.
+    pub fn decode(&mut self, at: u16) -> Option<Instruction> {
+        let end = (u64::from(at) + LONGEST).min(PAGE);
+        if u64::from(at) >= end {
+            return None;
+        }
+        self.look(at, end);
+        let bytes = &self.bytes[usize::from(at)..end as usize];
+        let i = Decoder::with_ip(self.bits, bytes, at.into(), self.options).decode();
+        // One that is cut off by the page's end decodes as invalid too.
+        (!(i.is_invalid() && end == PAGE && (bytes.len() as u64) < LONGEST)).then_some(i)
+    }
+
+    /// The bytes of an instruction that [`Page::decode`] gave.
+    pub fn bytes(&self, i: &Instruction) -> &[u8] {
+        let at = (i.ip() as usize).min(PAGE as usize);
+        &self.bytes[at..(at + i.len().max(1)).min(PAGE as usize)]
+    }
+
+    /// The status flags that are read at `at` before they are written.
+    pub fn live_at(&mut self, at: u64) -> u32 {
+        let (mut live, mut written) = (0, 0);
+        let mut at = at;
+        for _ in 0..AHEAD {
+            let Some(i) = u16::try_from(at).ok().filter(|&a| u64::from(a) < PAGE).and_then(|a| self.decode(a))
+            else {
+                break;
+            };
+            live |= reads(&i) & !written;
+            written |= writes(&i);
+            if live | written == STATUS {
+                return live;
+            }
+            match i.flow_control() {
+                FlowControl::Next => at = i.next_ip(),
+                FlowControl::UnconditionalBranch if is_near(&i) => at = i.near_branch_target(),
+                _ => break,
+            }
+        }
+        live | STATUS & !written
+    }
+}
+
+/// Whether a branch has its target in itself.
+pub fn is_near(i: &Instruction) -> bool {
+    i.op_count() == 1
+        && matches!(i.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
+}
+
+/// Whether the count of a shift or rotation may be 0, which leaves the flags as they are.
+fn may_not_write(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    let shift = matches!(
+        i.mnemonic(),
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    );
+    if !shift {
+        return i.has_rep_prefix() || i.has_repne_prefix();
+    }
+    let n = i.op_count() - 1;
+    match i.op_kind(n) {
+        OpKind::Immediate8 => i.immediate8() & 31 == 0 || i.immediate8() & 31 >= 16,
+        _ => i.op_register(n) == Register::CL,
+    }
+}
+
+/// The status flags that an instruction writes whatever happens.
+pub fn writes(i: &Instruction) -> u32 {
+    if i.rflags_modified() & STATUS == 0 || may_not_write(i) { 0 } else { i.rflags_modified() & STATUS }
+}
+
+/// The status flags that an instruction may write.
+pub fn may_write(i: &Instruction) -> u32 {
+    i.rflags_modified() & STATUS
+}
+
+/// The status flags that an instruction needs as they were.
+pub fn reads(i: &Instruction) -> u32 {
+    let own = i.rflags_read() & STATUS;
+    if may_not_write(i) { own | i.rflags_modified() & STATUS } else { own }
+}
+
+/// The number of the condition of a Jcc, SETcc or CMOVcc, as the encoding has it.
+pub fn condition(i: &Instruction) -> Option<u8> {
+    Some(match i.condition_code() {
+        ConditionCode::None => return None,
+        ConditionCode::o => 0,
+        ConditionCode::no => 1,
+        ConditionCode::b => 2,
+        ConditionCode::ae => 3,
+        ConditionCode::e => 4,
+        ConditionCode::ne => 5,
+        ConditionCode::be => 6,
+        ConditionCode::a => 7,
+        ConditionCode::s => 8,
+        ConditionCode::ns => 9,
+        ConditionCode::p => 10,
+        ConditionCode::np => 11,
+        ConditionCode::l => 12,
+        ConditionCode::ge => 13,
+        ConditionCode::le => 14,
+        ConditionCode::g => 15,
+    })
+}
+
+/// The same instruction in an encoding that 64-bit code has and that can name any register.
+pub fn general(i: &Instruction) -> Instruction {
+    let code = match i.code() {
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        Code::Inc_r16 => Code::Inc_rm16,
+        Code::Inc_r32 => Code::Inc_rm32,
+        Code::Dec_r16 => Code::Dec_rm16,
+        Code::Dec_r32 => Code::Dec_rm32,
+        _ => return *i,
+    };
+    let mut i = *i;
+    i.set_code(code);
+    i
+}

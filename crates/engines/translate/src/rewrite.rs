@@ -1,0 +1,434 @@
+//! What instructions become that do not branch: copies with their operands elsewhere, and stack operations.
+
+use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+
+use crate::allowed;
+use crate::asm::{based, frame, reg, sum};
+use crate::block::{Builder, Mode};
+use crate::decode;
+use crate::frame::at;
+use crate::seats::{Seat, is_high, number, register, seat};
+
+/// Host register that holds the guest's RSP and RBP.
+const STACK: u8 = 10;
+const FRAME_POINTER: u8 = 5;
+
+/// A guest register that the instruction works on in RSI or RDI.
+#[derive(Clone, Copy)]
+struct Temporary {
+    guest: u8,
+    host: u8,
+    load: bool,
+    store: bool,
+}
+
+fn is_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
+impl Builder<'_, '_> {
+    /// Whether the operand in memory is in a segment that flat addressing does not cover.
+    pub fn segment_is_special(&self, i: &Instruction) -> bool {
+        if !is_memory(i) || i.mnemonic() == Mnemonic::Lea || self.c.mode.wide() {
+            return false;
+        }
+        match i.memory_segment() {
+            Register::CS => true,
+            Register::FS => self.c.mode.0 & Mode::FS == 0,
+            Register::GS => self.c.mode.0 & Mode::GS == 0,
+            _ => false,
+        }
+    }
+
+    /// Whether the operand in memory is addressed in a way that is left to the reference engine.
+    pub fn address_is_special(&self, i: &Instruction) -> bool {
+        let odd = |r: Register| r.is_gpr16() || r == Register::EIP || r.is_vector_register();
+        let short = i.memory_base() == Register::None
+            && i.memory_index() == Register::None
+            && i.memory_displ_size() == 2;
+        let far = i.memory_base() == Register::RIP && i32::try_from(i.memory_displacement64() as i64).is_err();
+        is_memory(i) && (odd(i.memory_base()) || odd(i.memory_index()) || short || far)
+    }
+
+    /// Emits the linear address of the operand in memory to RDI; without the segment's base if it is LEA's.
+    fn address(&mut self, i: &Instruction, segment: bool) {
+        let (base, index) = (i.memory_base(), i.memory_index());
+        let disp = i.memory_displacement64();
+        let scale = i.memory_index_scale().trailing_zeros() as u8;
+        let wide = if base == Register::None && index == Register::None {
+            i.memory_displ_size() == 8
+        } else {
+            base.is_gpr64() || index.is_gpr64() || base == Register::RIP
+        };
+        let small = i32::try_from(disp as i64).ok().or((!wide).then_some(disp as u32 as i32));
+        let Some(disp) = small else {
+            // MOV with a 64-bit address.
+            self.a.raw(&[0x48, 0xbf]);
+            self.a.raw(&disp.to_le_bytes());
+            return self.add_segment(i, segment);
+        };
+        if base == Register::RIP {
+            self.a.load(reg::T, frame(at::PAGE));
+            self.a.lea(true, reg::T, based(reg::T, disp));
+            return self.add_segment(i, segment);
+        }
+        let base = (base != Register::None).then(|| self.seated(number(base), reg::T));
+        let index = (index != Register::None).then(|| (self.seated(number(index), reg::U), scale));
+        let plain = index.is_none() && disp == 0;
+        match base {
+            Some(b) if plain && wide => {
+                if b != reg::T {
+                    self.a.mov(reg::T, b);
+                }
+            }
+            Some(b) if plain => self.a.mov32(reg::T, b),
+            _ => self.a.lea(wide, reg::T, crate::asm::Mem { base, index, disp }),
+        }
+        self.add_segment(i, segment);
+    }
+
+    fn add_segment(&mut self, i: &Instruction, segment: bool) {
+        if !segment {
+            return;
+        }
+        let field = match i.memory_segment() {
+            Register::FS => at::FS,
+            Register::GS => at::GS,
+            _ => return,
+        };
+        self.a.rm(self.c.mode.wide(), &[0x03], reg::T, frame(field));
+    }
+
+    /// The host register with a guest register's value: its own, or `temporary`.
+    fn seated(&mut self, guest: u8, temporary: u8) -> u8 {
+        match seat(guest) {
+            Seat::Host(r) => r,
+            Seat::Frame(slot) => {
+                self.a.load(temporary, frame(slot));
+                temporary
+            }
+        }
+    }
+
+    /// Writes a guest register, all of it.
+    fn assign(&mut self, guest: u8, from: u8) {
+        match seat(guest) {
+            Seat::Host(r) if self.c.mode.wide() => self.a.mov(r, from),
+            Seat::Host(r) => self.a.mov32(r, from),
+            Seat::Frame(slot) => self.a.store(frame(slot), from),
+        }
+    }
+
+    fn temporaries(&mut self, i: &Instruction) -> Vec<Temporary> {
+        let high = allowed::names_high(i);
+        let mut out: Vec<Temporary> = Vec::new();
+        for n in 0..i.op_count() {
+            let r = i.op_register(n);
+            if i.op_kind(n) != OpKind::Register || !r.is_gpr() || is_high(r) {
+                continue;
+            }
+            let guest = number(r);
+            let needed = match seat(guest) {
+                Seat::Frame(_) => true,
+                Seat::Host(h) => high && h >= 8,
+            };
+            if !needed {
+                continue;
+            }
+            let access = self.info.info(i).op_access(n);
+            let writes = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None);
+            let load = access != OpAccess::Write || r.size() < 4;
+            match out.iter_mut().find(|t| t.guest == guest) {
+                Some(t) => {
+                    t.load |= load;
+                    t.store |= writes;
+                }
+                None => out.push(Temporary { guest, host: 0, load, store: writes }),
+            }
+        }
+        out
+    }
+
+    /// Whether the instruction needs more registers than there are to be had.
+    pub fn too_many_temporaries(&self, i: &Instruction) -> bool {
+        let mut seen = [None; 4];
+        let mut count = 0;
+        let high = allowed::names_high(i);
+        for n in 0..i.op_count().min(4) {
+            let r = i.op_register(n);
+            if i.op_kind(n) != OpKind::Register || !r.is_gpr() || is_high(r) {
+                continue;
+            }
+            let guest = number(r);
+            let needed = match seat(guest) {
+                Seat::Frame(_) => true,
+                Seat::Host(h) => high && h >= 8,
+            };
+            if needed && !seen.contains(&Some(guest)) {
+                seen[count] = Some(guest);
+                count += 1;
+            }
+        }
+        count > if is_memory(i) { 1 } else { 2 }
+    }
+
+    /// LEA.
+    pub fn load_address(&mut self, i: &Instruction) {
+        self.address(i, false);
+        let to = number(i.op0_register());
+        let size = i.op0_register().size();
+        match (seat(to), size) {
+            (Seat::Host(r), 8) => self.a.mov(r, reg::T),
+            (Seat::Host(r), 4) => self.a.mov32(r, reg::T),
+            (Seat::Host(r), _) => {
+                self.a.raw(&[0x66]);
+                self.a.rm16(r, reg::T);
+            }
+            (Seat::Frame(slot), 8) => self.a.store(frame(slot), reg::T),
+            (Seat::Frame(slot), 4) => {
+                self.a.mov32(reg::T, reg::T);
+                self.a.store(frame(slot), reg::T);
+            }
+            (Seat::Frame(slot), _) => {
+                self.a.raw(&[0x66]);
+                self.a.store32(frame(slot), reg::T);
+            }
+        }
+    }
+
+    /// The instruction itself, its operands being elsewhere.
+    pub fn copy(&mut self, i: &Instruction) {
+        let i = decode::general(i);
+        let memory = is_memory(&i);
+        let mut temporaries = self.temporaries(&i);
+        if memory {
+            let size = i.memory_size().size().max(1) as u32;
+            let operand = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory).unwrap_or(0);
+            let access = self.info.info(&i).op_access(operand);
+            let write = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None);
+            self.begin_access();
+            self.address(&i, true);
+            self.check(size, write);
+        }
+        let partial = decode::may_write(&i) != 0 && self.live_after & !decode::writes(&i) != 0;
+        if decode::reads(&i) != 0 || partial {
+            self.flags_to_host();
+        }
+        let mut base = (Register::RDI, Register::RSI);
+        if memory && !temporaries.is_empty() {
+            self.a.lea(true, reg::T, sum(reg::T, reg::U));
+            base = (Register::RDI, Register::None);
+        }
+        for (t, host) in temporaries.iter_mut().zip([reg::U, reg::T]) {
+            t.host = host;
+            if t.load {
+                match seat(t.guest) {
+                    Seat::Host(r) => self.a.mov(host, r),
+                    Seat::Frame(slot) => self.a.load(host, frame(slot)),
+                }
+            }
+        }
+        let rewritten = self.reseat(&i, &temporaries, base);
+        self.mark_op();
+        self.encode(&rewritten);
+        for t in temporaries.iter().filter(|t| t.store) {
+            match seat(t.guest) {
+                Seat::Host(r) => self.a.mov(r, t.host),
+                Seat::Frame(slot) => self.a.store(frame(slot), t.host),
+            }
+        }
+        self.flags_written(&i);
+    }
+
+    /// Where the op itself begins the flags may be the host's again.
+    fn mark_op(&mut self) {
+        let Some(last) = self.marks.last().copied() else { return };
+        let in_host = matches!(self.flags, crate::block::Flags::Host | crate::block::Flags::Both);
+        if last.flags_in_host != in_host {
+            let access = last.access;
+            self.mark(false);
+            if access && let Some(m) = self.marks.last_mut() {
+                m.access = false;
+            }
+        }
+    }
+
+    fn reseat(&self, i: &Instruction, temporaries: &[Temporary], base: (Register, Register)) -> Instruction {
+        let mut out = *i;
+        for n in 0..i.op_count() {
+            match i.op_kind(n) {
+                OpKind::Memory => {
+                    out.set_memory_base(base.0);
+                    out.set_memory_index(base.1);
+                    out.set_memory_index_scale(1);
+                    out.set_memory_displacement64(0);
+                    out.set_memory_displ_size(0);
+                    out.set_segment_prefix(Register::None);
+                }
+                OpKind::Register if i.op_register(n).is_gpr() && !is_high(i.op_register(n)) => {
+                    let r = i.op_register(n);
+                    let guest = number(r);
+                    let host = match temporaries.iter().find(|t| t.guest == guest) {
+                        Some(t) => t.host,
+                        None => match seat(guest) {
+                            Seat::Host(h) => h,
+                            Seat::Frame(_) => guest,
+                        },
+                    };
+                    out.set_op_register(n, register(host, r.size()));
+                }
+                _ => {}
+            }
+        }
+        out
+    }
+
+    fn encode(&mut self, i: &Instruction) {
+        let at = self.a.address();
+        match self.encoder.encode(i, at) {
+            Ok(_) => {
+                let bytes = self.encoder.take_buffer();
+                self.a.raw(&bytes);
+                self.encoder.set_buffer({
+                    let mut b = bytes;
+                    b.clear();
+                    b
+                });
+            }
+            Err(_) => {
+                // Nothing that `allowed` lets through; the reference engine executes it.
+                let _ = self.encoder.take_buffer();
+                self.a.raw(&[0x0f, 0x0b]);
+            }
+        }
+    }
+
+    /// Whether the instruction pushes or pops a word.
+    pub fn is_stack(&self, i: &Instruction) -> bool {
+        let word = self.c.mode.word();
+        let size = i.stack_pointer_increment().abs() == word;
+        match i.mnemonic() {
+            Mnemonic::Push => {
+                size && match i.op0_kind() {
+                    OpKind::Register => i.op0_register().is_gpr(),
+                    OpKind::Memory => !self.segment_is_special(i) && !self.address_is_special(i),
+                    _ => true,
+                }
+            }
+            Mnemonic::Pop => size && i.op0_kind() == OpKind::Register && i.op0_register().is_gpr(),
+            Mnemonic::Leave => matches!(
+                (i.code(), word),
+                (iced_x86::Code::Leaveq, 8) | (iced_x86::Code::Leaved, 4)
+            ),
+            _ => false,
+        }
+    }
+
+    /// PUSH, POP, LEAVE.
+    pub fn stack(&mut self, i: &Instruction) {
+        match (i.mnemonic(), i.op0_kind()) {
+            (Mnemonic::Push, OpKind::Register) => {
+                let guest = number(i.op0_register());
+                self.push_place();
+                match seat(guest) {
+                    Seat::Host(r) => self.store_word(sum(reg::T, reg::U), r),
+                    Seat::Frame(slot) => {
+                        self.a.lea(true, reg::T, sum(reg::T, reg::U));
+                        self.a.load(reg::U, frame(slot));
+                        self.store_word(based(reg::T, 0), reg::U);
+                    }
+                }
+                self.move_stack(-self.c.mode.word());
+            }
+            (Mnemonic::Push, OpKind::Memory) => {
+                self.load_operand(i);
+                self.a.store(frame(at::SCRATCH2), reg::T);
+                self.push_scratch();
+            }
+            (Mnemonic::Push, _) => {
+                self.push_place();
+                let value = i.immediate(0) as i32;
+                self.a.rm(self.c.mode.wide(), &[0xc7], 0, sum(reg::T, reg::U));
+                self.a.raw(&value.to_le_bytes());
+                self.move_stack(-self.c.mode.word());
+            }
+            (Mnemonic::Pop, _) => {
+                let guest = number(i.op0_register());
+                self.pop_to_t();
+                if guest != 4 {
+                    self.move_stack(self.c.mode.word());
+                }
+                self.assign(guest, reg::T);
+            }
+            _ => {
+                self.begin_access();
+                self.copy_pointer(FRAME_POINTER);
+                self.check(self.c.mode.word() as u32, false);
+                self.load_word(reg::T, sum(reg::T, reg::U));
+                self.a.lea(self.c.mode.wide(), STACK, based(FRAME_POINTER, self.c.mode.word()));
+                self.assign(5, reg::T);
+            }
+        }
+    }
+
+    fn copy_pointer(&mut self, from: u8) {
+        if self.c.mode.wide() {
+            self.a.mov(reg::T, from);
+        } else {
+            self.a.mov32(reg::T, from);
+        }
+    }
+
+    fn store_word(&mut self, mem: crate::asm::Mem, r: u8) {
+        self.a.rm(self.c.mode.wide(), &[0x89], r, mem);
+    }
+
+    fn load_word(&mut self, r: u8, mem: crate::asm::Mem) {
+        self.a.rm(self.c.mode.wide(), &[0x8b], r, mem);
+    }
+
+    /// Moves the guest's stack pointer.
+    pub fn move_stack(&mut self, by: i32) {
+        self.a.lea(self.c.mode.wide(), STACK, based(STACK, by));
+    }
+
+    /// Where a pushed word goes: RDI and RSI.
+    pub fn push_place(&mut self) {
+        let word = self.c.mode.word();
+        self.begin_access();
+        self.a.lea(self.c.mode.wide(), reg::T, based(STACK, -word));
+        self.check(word as u32, true);
+    }
+
+    /// Pushes what is in the frame's second scratch field.
+    fn push_scratch(&mut self) {
+        self.push_place();
+        self.a.lea(true, reg::T, sum(reg::T, reg::U));
+        self.a.load(reg::U, frame(at::SCRATCH2));
+        self.store_word(based(reg::T, 0), reg::U);
+        self.move_stack(-self.c.mode.word());
+    }
+
+    /// The word on top of the stack to RDI.
+    pub fn pop_to_t(&mut self) {
+        self.begin_access();
+        self.copy_pointer(STACK);
+        self.check(self.c.mode.word() as u32, false);
+        self.load_word(reg::T, sum(reg::T, reg::U));
+    }
+
+    /// The word that is the first operand, in a register or in memory, to RDI.
+    pub fn load_operand(&mut self, i: &Instruction) {
+        if i.op0_kind() == OpKind::Register {
+            let r = self.seated(number(i.op0_register()), reg::T);
+            if r != reg::T {
+                self.a.mov(reg::T, r);
+            }
+            return;
+        }
+        self.begin_access();
+        self.address(i, true);
+        self.check(self.c.mode.word() as u32, false);
+        self.load_word(reg::T, sum(reg::T, reg::U));
+    }
+}
