@@ -45,12 +45,13 @@ impl Alias {
         if base == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error());
         }
-        let base = NonNull::new(base.cast::<u8>())
-            .ok_or_else(|| std::io::Error::other("mapped at address 0"))?;
+        let base =
+            NonNull::new(base.cast::<u8>()).ok_or_else(|| std::io::Error::other("mapped at address 0"))?;
         let words = (len / PAGE_SIZE as usize).div_ceil(64);
         let protected = (0..words).map(|_| AtomicU64::new(0)).collect();
         let alias = Self { base, len, protected, lock: Mutex::new(()) };
-        let both = [(alias.writable(), libc::PROT_READ | libc::PROT_WRITE), (alias.readable(), libc::PROT_READ)];
+        let both =
+            [(alias.writable(), libc::PROT_READ | libc::PROT_WRITE), (alias.readable(), libc::PROT_READ)];
         for (at, prot) in both {
             let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
             // SAFETY: replaces a part of the reservation made above, which is ours.
@@ -113,7 +114,9 @@ impl Alias {
     /// Whether the page at `offset` cannot be written now.
     pub fn is_protected(&self, offset: u64) -> bool {
         let page = offset / PAGE_SIZE;
-        self.protected.get((page / 64) as usize).is_some_and(|w| w.load(Ordering::SeqCst) >> (page % 64) & 1 != 0)
+        self.protected
+            .get((page / 64) as usize)
+            .is_some_and(|w| w.load(Ordering::SeqCst) >> (page % 64) & 1 != 0)
     }
 
     fn set(&self, offset: u64, len: usize, write: bool) -> bool {

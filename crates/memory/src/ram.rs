@@ -235,7 +235,8 @@ impl Memory {
         if let Some(alias) = alias.get() {
             return Ok(alias);
         }
-        let made = Alias::new(&self.0.block.file, self.len()).map_err(|e| Error::Host(self.len() >> 20, e))?;
+        let made =
+            Alias::new(&self.0.block.file, self.len()).map_err(|e| Error::Host(self.len() >> 20, e))?;
         Ok(alias.get_or_init(|| made))
     }
 

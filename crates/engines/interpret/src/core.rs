@@ -17,14 +17,23 @@ use crate::tlb::Tlb;
 /// Cheap counters.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
+    /// Instructions executed.
     pub instructions: u64,
+    /// Blocks decoded.
     pub decoded: u64,
+    /// Times that all blocks were forgotten.
     pub flushes: u64,
+    /// Walks of page tables.
     pub tlb_misses: u64,
+    /// Accesses to devices.
     pub mmio: u64,
+    /// Accesses to ports.
     pub ports: u64,
+    /// Interrupts taken.
     pub interrupts: u64,
+    /// Exceptions taken.
     pub exceptions: u64,
+    /// HLT executed.
     pub halts: u64,
 }
 
@@ -92,9 +101,13 @@ pub struct Core {
     pub fpu: native::SimdState,
     /// State of the SIMD handlers.
     pub simd: crate::simd::Simd,
+    /// The machine around it.
     pub machine: Arc<Machine>,
+    /// Its APIC.
     pub local: Arc<apic::Local>,
+    /// What it is.
     pub cpuid: Arc<Cpuid>,
+    /// What happened.
     pub count: Counters,
     /// The debugger's watchpoint that was hit.
     pub watch_hit: Option<u64>,
@@ -102,6 +115,7 @@ pub struct Core {
     pub debug: machine::cpu::Debug,
     /// Data breakpoints are on, the guest's or the debugger's: linear pages that the TLB must not hold.
     pub watched: bool,
+    /// What it has agreed with the guest about time.
     pub pv: crate::pv::Pv,
     /// An event was delivered, or SYSCALL executed: no single-step trap follows the instruction.
     pub delivered: bool,

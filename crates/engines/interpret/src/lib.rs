@@ -36,7 +36,7 @@ pub mod tlb;
 mod word;
 mod xsave;
 
-pub use cpu::{Cpu, Shutdown};
 pub use block::options;
+pub use cpu::{Cpu, Shutdown};
 pub use decode::supported;
-pub use mmu::Mapping;
+pub use mmu::{Mapping, canonical};

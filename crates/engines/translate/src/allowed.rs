@@ -85,8 +85,16 @@ fn vector(i: &Instruction, vectors: bool) -> bool {
     match i.mnemonic() {
         M::Vzeroupper | M::Vzeroall => true,
         // More than one operand in memory, or one without a name, or one of which parts are left out.
-        M::Maskmovdqu | M::Vmaskmovdqu | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => false,
-        M::Movntps | M::Movntpd | M::Movntdq | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Movntdqa
+        M::Maskmovdqu | M::Vmaskmovdqu | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {
+            false
+        }
+        M::Movntps
+        | M::Movntpd
+        | M::Movntdq
+        | M::Vmovntps
+        | M::Vmovntpd
+        | M::Vmovntdq
+        | M::Movntdqa
         | M::Vmovntdqa => vectors,
         _ => vectors && native::listed(i.code()) && !i.is_vsib() && !mmx(i),
     }

@@ -166,12 +166,6 @@ impl Asm {
         self.rm(wide, &[0x8d], reg, mem);
     }
 
-    /// MOV r64, imm sign-extended.
-    pub fn mov_imm(&mut self, reg: u8, value: i32) {
-        self.rr(true, &[0xc7], 0, reg);
-        self.imm32(value);
-    }
-
     /// BEXTR RSI, RDI, RSP.
     pub fn page_number(&mut self) {
         self.raw(&[0xc4, 0xe2, 0xd8, 0xf7, 0xf7]);
@@ -207,12 +201,6 @@ impl Asm {
     /// XOR r32, r32.
     pub fn xor32(&mut self, to: u8, from: u8) {
         self.rr(false, &[0x33], to, from);
-    }
-
-    /// AND r64, imm.
-    pub fn and_imm(&mut self, reg: u8, value: i8) {
-        self.rr(true, &[0x83], 4, reg);
-        self.code.push(value as u8);
     }
 
     /// ADD r64, [mem].

@@ -63,6 +63,11 @@ pub enum Kind {
     },
     /// The reference engine executes the instruction here, of which the translator knows nothing.
     Instruction,
+    /// The table of jumps does not have the linear address in RDI.
+    Jump {
+        /// What is added to RSP if the jump turns out not to have happened.
+        undo: i32,
+    },
     /// A jump to an address in the same page, not yet linked: the four bytes at the host address are its distance.
     Link,
     /// Somebody rang.
@@ -122,7 +127,9 @@ pub enum Cold {
     /// An access that is not aligned, which is well unless it crosses a page.
     Misaligned { from: Fixup, back: u64, size: u32, site: usize },
     /// A jump out of the page.
-    Jump { from: Fixup, delta: i32 },
+    Jump { from: Fixup, delta: i32, guest: u16 },
+    /// The table of jumps does not have the target.
+    Miss { from: Fixup, site: usize },
 }
 
 /// What the builder wants to know.
@@ -242,11 +249,7 @@ impl<'a, 'p> Builder<'a, 'p> {
                 after |= self.page.live_at(self.target(i));
             }
             live[n + 1] = after;
-            live[n] = if self.is_helper(i) {
-                STATUS
-            } else {
-                after & !decode::writes(i) | decode::reads(i)
-            };
+            live[n] = if self.is_helper(i) { STATUS } else { after & !decode::writes(i) | decode::reads(i) };
         }
         live
     }
@@ -431,7 +434,7 @@ impl<'a, 'p> Builder<'a, 'p> {
     }
 
     fn finish_cold(&mut self) {
-        for cold in std::mem::take(&mut self.cold) {
+        while let Some(cold) = self.cold.pop() {
             match cold {
                 Cold::Leave { from, site } => {
                     from.into_iter().for_each(|f| self.a.bind(f));
@@ -449,9 +452,15 @@ impl<'a, 'p> Builder<'a, 'p> {
                     self.a.bind(crosses);
                     self.leave_at(site);
                 }
-                Cold::Jump { from, delta } => {
+                Cold::Jump { from, delta, guest } => {
                     self.a.bind(from);
+                    self.guest = guest;
                     self.jump_by(delta);
+                }
+                Cold::Miss { from, site } => {
+                    self.a.bind(from);
+                    self.a.load(reg::T, frame(at::TARGET));
+                    self.leave_at(site);
                 }
             }
         }

@@ -83,13 +83,6 @@ impl Buffer {
         }
     }
 
-    /// The bytes at an executable address, for developers of the engine.
-    pub fn bytes(&self, at: u64, len: usize) -> &[u8] {
-        let offset = (at.wrapping_sub(self.execute as u64) as usize).min(self.used);
-        // SAFETY: inside the part in use, which nobody writes while it is borrowed.
-        unsafe { std::slice::from_raw_parts(self.write.add(offset), len.min(self.used - offset)) }
-    }
-
     /// Forgets all code behind the first `keep` bytes.
     pub fn truncate(&mut self, keep: usize) {
         self.used = keep.min(self.used);

@@ -133,6 +133,11 @@ impl Cache {
         page.is_some_and(|p| memory.code().generation(p.offset) == p.generation)
     }
 
+    /// The count of changes that the cache has taken note of.
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// Throws away what was made of code that has changed since. Tells whether there was something.
     pub fn refresh(&mut self, memory: &Memory, frame: &Frame) -> bool {
         let changes = memory.code().changes();
@@ -187,7 +192,16 @@ impl Cache {
     }
 
     /// The host address of the block at `offset` in guest memory, translated now if need be.
-    pub fn find(&mut self, vcpu: &interpret::Cpu, memory: &Memory, offset: u64, mode: Mode, frame: &Frame, options: u32, cpuid: &x86::cpuid::Cpuid) -> Result<u64, Error> {
+    pub fn find(
+        &mut self,
+        vcpu: &mut interpret::Cpu,
+        frame: &Frame,
+        offset: u64,
+        mode: Mode,
+    ) -> Result<u64, Error> {
+        let core = vcpu.core();
+        let (memory, cpuid, options) = (core.memory.clone(), core.cpuid.clone(), interpret::options(core));
+        let memory = &memory;
         let (at, start) = (offset & !0xfff, (offset & 0xfff) as u16);
         let mut n = self.page(memory, at, mode, frame);
         if let Some(&host) = self.pages[n as usize].entries.get(&start) {
@@ -198,7 +212,7 @@ impl Cache {
             let context = Context {
                 host: self.host,
                 stubs: self.stubs,
-                cpuid,
+                cpuid: &cpuid,
                 mode,
                 vcpu,
                 find: &|at| entries.get(&at).copied(),

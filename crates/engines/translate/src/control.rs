@@ -37,11 +37,12 @@ impl Builder<'_, '_> {
                     && !self.address_is_special(i)
             }
             FlowControl::Return => {
-                i.mnemonic() == Mnemonic::Ret && matches!(
-                    (i.code(), word),
-                    (iced_x86::Code::Retnq | iced_x86::Code::Retnq_imm16, 8)
-                        | (iced_x86::Code::Retnd | iced_x86::Code::Retnd_imm16, 4)
-                )
+                i.mnemonic() == Mnemonic::Ret
+                    && matches!(
+                        (i.code(), word),
+                        (iced_x86::Code::Retnq | iced_x86::Code::Retnq_imm16, 8)
+                            | (iced_x86::Code::Retnd | iced_x86::Code::Retnd_imm16, 4)
+                    )
             }
             _ => false,
         }
@@ -58,14 +59,10 @@ impl Builder<'_, '_> {
             M::Jecxz => !self.c.mode.wide(),
             M::Loop | M::Loope | M::Loopne => {
                 use iced_x86::Code as C;
-                let wide = matches!(
-                    i.code(),
-                    C::Loop_rel8_64_RCX | C::Loope_rel8_64_RCX | C::Loopne_rel8_64_RCX
-                );
-                let narrow = matches!(
-                    i.code(),
-                    C::Loop_rel8_32_ECX | C::Loope_rel8_32_ECX | C::Loopne_rel8_32_ECX
-                );
+                let wide =
+                    matches!(i.code(), C::Loop_rel8_64_RCX | C::Loope_rel8_64_RCX | C::Loopne_rel8_64_RCX);
+                let narrow =
+                    matches!(i.code(), C::Loop_rel8_32_ECX | C::Loope_rel8_32_ECX | C::Loopne_rel8_32_ECX);
                 if self.c.mode.wide() { wide } else { narrow }
             }
             _ => false,
@@ -95,7 +92,7 @@ impl Builder<'_, '_> {
             FlowControl::IndirectBranch => {
                 self.flags_to_memory();
                 self.load_operand(i);
-                self.jump();
+                self.jump(0);
             }
             FlowControl::IndirectCall => {
                 self.flags_to_memory();
@@ -103,14 +100,13 @@ impl Builder<'_, '_> {
                 self.a.store(frame(at::TARGET), reg::T);
                 self.push_return(i);
                 self.a.load(reg::T, frame(at::TARGET));
-                self.jump();
+                self.jump(self.c.mode.word());
             }
             _ => {
                 self.pop_to_t();
                 let more = if i.op_count() > 0 { i32::from(i.immediate16()) } else { 0 };
                 self.move_stack(self.c.mode.word() + more);
-                self.flags_to_memory();
-                self.jump();
+                self.jump(-self.c.mode.word() - more);
             }
         }
         false
@@ -135,7 +131,7 @@ impl Builder<'_, '_> {
         if target >= 0x1000 {
             self.flags_to_memory();
             let from = self.a.jump_if(condition);
-            self.cold.push(Cold::Jump { from, delta: target as i32 });
+            self.cold.push(Cold::Jump { from, delta: target as i32, guest: self.guest });
             return;
         }
         if self.page.live_at(target) != 0 {
@@ -217,21 +213,25 @@ impl Builder<'_, '_> {
     pub fn jump_by(&mut self, delta: i32) {
         self.a.load(reg::T, frame(at::PAGE));
         self.a.lea(self.c.mode.wide(), reg::T, based(reg::T, delta));
-        self.jump();
+        self.jump(0);
     }
 
     /// Goes on at the linear address in RDI. The flags are in memory.
-    pub fn jump(&mut self) {
-        let entry = |field: i32| Mem { base: Some(reg::RSP), index: Some((reg::U, 3)), disp: at::JUMPS + field };
-        self.a.mov(reg::U, reg::T);
-        self.a.raw(&[0x48, 0x81, 0xe6, 0x00, 0xf0, 0xff, 0xff]); // AND RSI, -4096
-        self.a.store(frame(at::PAGE), reg::U);
+    fn jump(&mut self, undo: i32) {
+        let entry =
+            |field: i32| Mem { base: Some(reg::RSP), index: Some((reg::U, 3)), disp: at::JUMPS + field };
+        // The salt may change at any time, so it is not subtracted again.
+        self.a.store(frame(at::TARGET), reg::T);
         self.a.zero_extend16(reg::U, reg::T);
         self.a.add32(reg::U, reg::U);
         self.a.add(reg::T, frame(at::SALT));
         self.a.cmp(reg::T, entry(0));
-        let miss = self.a.jump_if(cc::NZ);
-        self.a.point(miss, self.c.stubs.jump);
+        let from = self.a.jump_if(cc::NZ);
+        let site = self.site(Kind::Jump { undo }, self.guest, 0);
+        self.cold.push(Cold::Miss { from, site });
+        self.a.load(reg::T, frame(at::TARGET));
+        self.a.raw(&[0x48, 0x81, 0xe7, 0x00, 0xf0, 0xff, 0xff]); // AND RDI, -4096
+        self.a.store(frame(at::PAGE), reg::T);
         self.a.jump_mem(entry(8));
     }
 }

@@ -47,7 +47,6 @@ struct Counters {
 pub struct Cpu {
     vcpu: interpret::Cpu,
     memory: Memory,
-    cpuid: Arc<Cpuid>,
     host: Host,
     frame: Frame,
     /// By the TLB's banks: supervisor, user, supervisor with access to user pages.
@@ -93,7 +92,12 @@ impl Cpu {
     ///
     /// # Errors
     /// The host lacks memory or address space.
-    pub fn new(machine: Arc<Machine>, local: Arc<apic::Local>, cpuid: Arc<Cpuid>, index: u32) -> Result<Self, Error> {
+    pub fn new(
+        machine: Arc<Machine>,
+        local: Arc<apic::Local>,
+        cpuid: Arc<Cpuid>,
+        index: u32,
+    ) -> Result<Self, Error> {
         let memory = machine.memory.clone();
         let alias = memory.alias()?;
         let alias = (alias.writable(), alias.readable(), alias.len());
@@ -101,12 +105,11 @@ impl Cpu {
         let bell = frame.bell();
         local.set_bell(move || bell.ring());
         let host = Host::detect();
-        let mut vcpu = interpret::Cpu::new(machine, local, cpuid.clone(), index);
+        let mut vcpu = interpret::Cpu::new(machine, local, cpuid, index);
         vcpu.core().tlb.log = Some(Vec::new());
         Ok(Self {
             vcpu,
             memory,
-            cpuid,
             host,
             frame,
             tables: [Lpt::new()?, Lpt::new()?, Lpt::new()?],
@@ -184,7 +187,8 @@ impl Cpu {
                     self.tables.iter_mut().for_each(|t| t.flush_page(linear));
                     let large = self.vcpu.core().tlb.may_be_large(linear);
                     let salts = &mut self.salts;
-                    if salts.pages.contains(&(linear >> 12)) || large && salts.gibs.contains(&(linear >> 30)) {
+                    if salts.pages.contains(&(linear >> 12)) || large && salts.gibs.contains(&(linear >> 30))
+                    {
                         salts.reset();
                     }
                 }
@@ -230,9 +234,7 @@ impl Cpu {
     }
 
     fn find(&mut self, offset: u64, mode: Mode) -> Option<u64> {
-        let options = interpret::options(self.vcpu.core());
-        let Self { cache, vcpu, memory, frame, cpuid, .. } = self;
-        cache.find(vcpu, memory, offset, mode, frame, options, cpuid).ok()
+        self.cache.find(&mut self.vcpu, &self.frame, offset, mode).ok()
     }
 
     /// Runs translated code until something else has to be looked at.
@@ -321,16 +323,11 @@ impl Cpu {
     fn left(&mut self) -> Result<Next, Stop> {
         match self.frame.get32(at::REASON) {
             reason::SITE => {
-                let Some(site) = self.cache.site(self.frame.get32(at::SITE)) else { return Err(Stop::Bug("a site that is none".into())) };
+                let Some(site) = self.cache.site(self.frame.get32(at::SITE)) else {
+                    return Err(Stop::Bug("a site that is none".into()));
+                };
                 self.set_rip(site.guest);
                 self.at_site(site)
-            }
-            reason::JUMP => {
-                self.count.jumps += 1;
-                let low = self.frame.get(at::LINEAR) & 0xfff;
-                self.set_rip(low as u16);
-                self.flags_out();
-                Ok(Next::Look)
             }
             _ => self.fault(),
         }
@@ -348,6 +345,7 @@ impl Cpu {
                 self.interpret()
             }
             Kind::Helper { op } => self.help(site, op),
+            Kind::Jump { undo } => self.jump(undo),
             Kind::Instruction => {
                 self.flags_out();
                 self.interpret()
@@ -359,6 +357,21 @@ impl Cpu {
                 Ok(Next::Look)
             }
         }
+    }
+
+    /// A jump to where the table of jumps knows nothing. RIP is the jump's.
+    fn jump(&mut self, undo: i32) -> Result<Next, Stop> {
+        self.count.jumps += 1;
+        self.flags_out();
+        let target = self.frame.get(at::LINEAR);
+        let core = self.vcpu.core();
+        if core.bits == 64 && !interpret::canonical(target) {
+            // The jump itself faults, so it has not happened.
+            core.r[4] = core.r[4].wrapping_add(undo as u64);
+            return self.interpret();
+        }
+        core.rip = target;
+        Ok(Next::Look)
     }
 
     fn interpret(&mut self) -> Result<Next, Stop> {
@@ -375,7 +388,8 @@ impl Cpu {
         match self.vcpu.execute(op) {
             Ok(Flow::Next) => {
                 let core = self.vcpu.core();
-                let quiet = !core.hit && core.tlb.log.as_ref().is_some_and(Vec::is_empty);
+                let same = self.memory.code().changes() == self.cache.changes();
+                let quiet = same && !core.hit && core.tlb.log.as_ref().is_some_and(Vec::is_empty);
                 if quiet && !self.vcpu.wants_attention() && self.mode() == mode {
                     self.flags_in();
                     return Ok(Next::Host(site.host));
@@ -497,7 +511,12 @@ impl Cpu {
         let stores: Vec<(u64, u8)> = info
             .used_memory()
             .iter()
-            .filter(|m| !matches!(m.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None))
+            .filter(|m| {
+                !matches!(
+                    m.access(),
+                    OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None
+                )
+            })
             .filter_map(|m| {
                 let at = m.virtual_address(0, |r, _, _| Some(value(self.vcpu.core(), r)))?;
                 Some((if wide { at } else { at & 0xffff_ffff }, m.memory_size().size().clamp(1, 64) as u8))
@@ -517,7 +536,9 @@ impl Cpu {
                 continue;
             }
             self.tables[bank].forget(linear);
-            return self.fill(linear, size, true) && !self.memory.code().holds_code(offset) && self.is_writable(linear);
+            return self.fill(linear, size, true)
+                && !self.memory.code().holds_code(offset)
+                && self.is_writable(linear);
         }
         false
     }
@@ -574,7 +595,9 @@ impl Vcpu for Cpu {
                 Ok(Some(exit)) => break Ok(exit),
                 Err(Stop::Shutdown) => break Ok(self.vcpu.shut_down()),
                 Err(Stop::Bug(what)) => {
-                    let what = format!("the translate engine has a bug: {what}; please report it, and use --engine interpret");
+                    let what = format!(
+                        "the translate engine has a bug: {what}; please report it, and use --engine interpret"
+                    );
                     break Err(CpuError::Guest(what));
                 }
             }

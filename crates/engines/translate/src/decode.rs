@@ -1,6 +1,8 @@
 //! Guest code of one page, decoded, and which status flags live through it.
 
-use iced_x86::{Code, ConditionCode, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use iced_x86::{
+    Code, ConditionCode, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits,
+};
 use memory::Memory;
 
 /// Bytes of the longest instruction.
@@ -10,12 +12,8 @@ const PAGE: u64 = 0x1000;
 const AHEAD: usize = 12;
 
 /// The six status flags, as iced has them.
-pub const STATUS: u32 = RflagsBits::OF
-    | RflagsBits::SF
-    | RflagsBits::ZF
-    | RflagsBits::AF
-    | RflagsBits::CF
-    | RflagsBits::PF;
+pub const STATUS: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
 /// A page of guest code: read, and marked as cached, as far as it was looked at.
 pub struct Page<'a> {
@@ -83,7 +81,8 @@ impl<'a> Page<'a> {
         let (mut live, mut written) = (0, 0);
         let mut at = at;
         for _ in 0..AHEAD {
-            let Some(i) = u16::try_from(at).ok().filter(|&a| u64::from(a) < PAGE).and_then(|a| self.decode(a))
+            let Some(i) =
+                u16::try_from(at).ok().filter(|&a| u64::from(a) < PAGE).and_then(|a| self.decode(a))
             else {
                 break;
             };

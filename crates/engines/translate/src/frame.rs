@@ -47,7 +47,7 @@ pub mod at {
     pub const MXCSR: i32 = 116;
     /// Kept while a word is pushed.
     pub const SCRATCH2: i32 = 124;
-    /// Where an indirect call leads.
+    /// Where a jump leads that is not linked.
     pub const TARGET: i32 = 164;
     /// Host address, kind and RFLAGS of a fault in translated code.
     pub const FAULT_PC: i32 = 132;
@@ -65,10 +65,8 @@ pub mod at {
 pub mod reason {
     /// At a site.
     pub const SITE: u32 = 0;
-    /// The table of jumps did not have the target.
-    pub const JUMP: u32 = 1;
     /// A host fault.
-    pub const FAULT: u32 = 2;
+    pub const FAULT: u32 = 1;
 }
 
 /// Entries of the table of jumps.
@@ -170,7 +168,8 @@ impl Frame {
     #[inline]
     pub fn listen(&self, salt: u64) {
         // SAFETY: inside the frame, aligned, and only ever accessed atomically or by translated code.
-        let (poll, word) = unsafe { (AtomicU32::from_ptr(self.at(at::POLL)), AtomicU64::from_ptr(self.at(at::SALT))) };
+        let (poll, word) =
+            unsafe { (AtomicU32::from_ptr(self.at(at::POLL)), AtomicU64::from_ptr(self.at(at::SALT))) };
         poll.store(0, Ordering::SeqCst);
         word.store(salt, Ordering::SeqCst);
     }

@@ -33,7 +33,9 @@ pub use cpu::Cpu;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The host refused memory or address space.
-    #[error("the host gives no {0} to the translate engine: {1}; allow more address space, or use --engine interpret")]
+    #[error(
+        "the host gives no {0} to the translate engine: {1}; allow more address space, or use --engine interpret"
+    )]
     Map(&'static str, std::io::Error),
     /// Something does not fit anywhere.
     #[error("the translate engine has no room left; use --engine interpret")]

@@ -46,7 +46,8 @@ impl Builder<'_, '_> {
         let short = i.memory_base() == Register::None
             && i.memory_index() == Register::None
             && i.memory_displ_size() == 2;
-        let far = i.memory_base() == Register::RIP && i32::try_from(i.memory_displacement64() as i64).is_err();
+        let far =
+            i.memory_base() == Register::RIP && i32::try_from(i.memory_displacement64() as i64).is_err();
         is_memory(i) && (odd(i.memory_base()) || odd(i.memory_index()) || short || far)
     }
 
@@ -316,10 +317,9 @@ impl Builder<'_, '_> {
                 }
             }
             Mnemonic::Pop => size && i.op0_kind() == OpKind::Register && i.op0_register().is_gpr(),
-            Mnemonic::Leave => matches!(
-                (i.code(), word),
-                (iced_x86::Code::Leaveq, 8) | (iced_x86::Code::Leaved, 4)
-            ),
+            Mnemonic::Leave => {
+                matches!((i.code(), word), (iced_x86::Code::Leaveq, 8) | (iced_x86::Code::Leaved, 4))
+            }
             _ => false,
         }
     }

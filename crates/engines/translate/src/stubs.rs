@@ -16,8 +16,6 @@ pub struct Stubs {
     enter: u64,
     /// Leaves at a site, whose number is in the frame.
     pub site: u64,
-    /// Leaves because the table of jumps did not have the target; RDI has its low 12 bits.
-    pub jump: u64,
     /// Leaves after a host fault.
     pub fault: u64,
 }
@@ -35,11 +33,9 @@ impl Stubs {
         enter(&mut a, host);
         stubs.site = a.address();
         let site = leave_for(&mut a, reason::SITE);
-        stubs.jump = a.address();
-        let jump = leave_for(&mut a, reason::JUMP);
         stubs.fault = a.address();
         let fault = leave_for(&mut a, reason::FAULT);
-        for fixup in [site, jump, fault] {
+        for fixup in [site, fault] {
             a.bind(fixup);
         }
         leave(&mut a, host);
