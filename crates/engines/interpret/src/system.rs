@@ -122,6 +122,7 @@ impl Core {
     /// Writes CR3.
     pub fn set_cr3(&mut self, value: u64) -> Result<()> {
         let pcid = self.s.cr4 & cr4::PCIDE != 0;
+        let keep = value & cr3::NO_FLUSH != 0;
         let value = if pcid { value & !cr3::NO_FLUSH } else { value };
         if self.long() && value >> x86::cpuid::PHYSICAL_BITS != 0 {
             return self.gp();
@@ -131,7 +132,7 @@ impl Core {
             self.s.cr3 = old;
             return Err(e);
         }
-        self.tlb.flush_local();
+        self.tlb.switch(if pcid { (value & cr3::PCID) as u16 } else { 0 }, pcid && keep);
         self.context_changed();
         Ok(())
     }
@@ -380,6 +381,7 @@ pub fn invpcid(c: &mut Core, op: &Op) -> Result<Flow> {
     }
     match kind {
         0 => c.tlb.flush_page(address),
+        1 => c.tlb.flush_context(pcid as u16),
         2 => c.tlb.flush_all(),
         _ => c.tlb.flush_local(),
     }

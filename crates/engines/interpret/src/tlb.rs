@@ -17,6 +17,8 @@ pub struct Entry {
     /// Offset of the page in guest memory.
     pub offset: u64,
     global: bool,
+    /// It is in the list of those in use.
+    listed: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -24,18 +26,23 @@ struct Code {
     tag: u64,
     offset: u64,
     global: bool,
+    listed: bool,
 }
 
-const EMPTY: Entry = Entry { read: NONE, write: NONE, offset: 0, global: false };
-const NO_CODE: Code = Code { tag: NONE, offset: 0, global: false };
+const EMPTY: Entry = Entry { read: NONE, write: NONE, offset: 0, global: false, listed: false };
+const NO_CODE: Code = Code { tag: NONE, offset: 0, global: false, listed: false };
 
 /// What the TLB was told to forget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flush {
     /// Everything.
     All,
-    /// All pages that are not global.
+    /// All pages that are not global, whatever their PCID.
     Local,
+    /// CR3 was written: the PCID of what comes, and whether its pages, global ones aside, are kept.
+    Switch(u16, bool),
+    /// All pages of a PCID that are not global.
+    Context(u16),
     /// The page of this linear address.
     Page(u64),
 }
@@ -50,7 +57,9 @@ pub struct Tlb {
     large: [(u64, u64); 2],
     /// Flushes of more than a page.
     pub flushes: u64,
-    used: [bool; BANKS],
+    /// Entries in use, and entries for code.
+    used: Vec<u16>,
+    used_code: Vec<u16>,
     /// What was forgotten, for an engine with page tables of its own that takes note of it (then `Some`).
     pub log: Option<Vec<Flush>>,
 }
@@ -63,7 +72,8 @@ impl Default for Tlb {
             epoch: 1,
             large: [(u64::MAX, 0); 2],
             flushes: 0,
-            used: [false; BANKS],
+            used: Vec::new(),
+            used_code: Vec::new(),
             log: None,
         }
     }
@@ -90,9 +100,12 @@ impl Tlb {
     pub fn fill(&mut self, bank: usize, linear: u64, offset: u64, write: bool, global: bool, shift: u8) {
         let tag = linear & !0xfff;
         let page = (linear >> 12) as usize & (ENTRIES - 1);
-        self.used[(bank / ENTRIES) & (BANKS - 1)] = true;
-        self.entries[(bank | page) & (ENTRIES * BANKS - 1)] =
-            Entry { read: tag, write: if write { tag } else { NONE }, offset, global };
+        let n = (bank | page) & (ENTRIES * BANKS - 1);
+        if !self.entries[n].listed {
+            self.used.push(n as u16);
+        }
+        self.entries[n] =
+            Entry { read: tag, write: if write { tag } else { NONE }, offset, global, listed: true };
         self.note_size(linear, shift);
     }
 
@@ -111,10 +124,19 @@ impl Tlb {
         (e.tag == linear & !0xfff).then_some(e.offset | linear & 0xfff)
     }
 
+    /// Whether the page of code at `linear`, which [`Tlb::fetch`] just found, is global.
+    pub fn is_global(&self, user: bool, linear: u64) -> bool {
+        let e = &self.code[(linear >> 12) as usize & (FETCH - 1) | (usize::from(user) * FETCH)];
+        e.tag == linear & !0xfff && e.global
+    }
+
     /// Remembers a page of code.
     pub fn fill_code(&mut self, user: bool, linear: u64, offset: u64, global: bool, shift: u8) {
         let slot = (linear >> 12) as usize & (FETCH - 1) | (usize::from(user) * FETCH);
-        self.code[slot] = Code { tag: linear & !0xfff, offset, global };
+        if !self.code[slot].listed {
+            self.used_code.push(slot as u16);
+        }
+        self.code[slot] = Code { tag: linear & !0xfff, offset, global, listed: true };
         self.note_size(linear, shift);
     }
 
@@ -146,6 +168,18 @@ impl Tlb {
         }
     }
 
+    /// CR3 was written. Here pages have no PCID, so all that are not global are forgotten.
+    pub fn switch(&mut self, pcid: u16, keep: bool) {
+        self.note(Flush::Switch(pcid, keep));
+        self.flush(true);
+    }
+
+    /// Forgets all pages of a PCID that are not global.
+    pub fn flush_context(&mut self, pcid: u16) {
+        self.note(Flush::Context(pcid));
+        self.flush(true);
+    }
+
     /// Forgets all pages that are not global.
     pub fn flush_local(&mut self) {
         self.note(Flush::Local);
@@ -155,23 +189,23 @@ impl Tlb {
     fn flush(&mut self, keep_global: bool) {
         self.epoch += 1;
         self.flushes += 1;
-        for (bank, entries) in self.entries.chunks_exact_mut(ENTRIES).enumerate() {
-            if !std::mem::take(&mut self.used[bank]) {
-                continue;
+        let Self { entries, code, used, used_code, .. } = self;
+        used.retain(|&n| {
+            let e = &mut entries[usize::from(n) & (ENTRIES * BANKS - 1)];
+            let keep = keep_global && e.global && e.read != NONE;
+            if !keep {
+                *e = EMPTY;
             }
-            for e in entries {
-                if !(keep_global && e.global) {
-                    *e = EMPTY;
-                } else if e.read != NONE {
-                    self.used[bank] = true;
-                }
-            }
-        }
-        for e in self.code.iter_mut() {
-            if !(keep_global && e.global) {
+            keep
+        });
+        used_code.retain(|&n| {
+            let e = &mut code[usize::from(n) & (FETCH * 2 - 1)];
+            let keep = keep_global && e.global && e.tag != NONE;
+            if !keep {
                 *e = NO_CODE;
             }
-        }
+            keep
+        });
     }
 
     /// Forgets the page of `linear`.
@@ -186,13 +220,13 @@ impl Tlb {
         for bank in 0..BANKS {
             let e = &mut self.entries[(bank * ENTRIES) | page & (ENTRIES - 1)];
             if e.read == linear & !0xfff {
-                *e = EMPTY;
+                *e = Entry { listed: true, ..EMPTY };
             }
         }
         for user in 0..2 {
             let e = &mut self.code[(user * FETCH) | page & (FETCH - 1)];
             if e.tag == linear & !0xfff {
-                *e = NO_CODE;
+                *e = Code { listed: true, ..NO_CODE };
             }
         }
     }

@@ -63,7 +63,7 @@ pub enum Kind {
     },
     /// The reference engine executes the instruction here, of which the translator knows nothing.
     Instruction,
-    /// The table of jumps does not have the linear address in RDI.
+    /// The table of jumps does not have the salted linear address in RDI.
     Jump {
         /// What is added to RSP if the jump turns out not to have happened.
         undo: i32,
@@ -128,8 +128,6 @@ pub enum Cold {
     Misaligned { from: Fixup, back: u64, size: u32, site: usize },
     /// A jump out of the page.
     Jump { from: Fixup, delta: i32, guest: u16 },
-    /// The table of jumps does not have the target.
-    Miss { from: Fixup, site: usize },
 }
 
 /// What the builder wants to know.
@@ -456,11 +454,6 @@ impl<'a, 'p> Builder<'a, 'p> {
                     self.a.bind(from);
                     self.guest = guest;
                     self.jump_by(delta);
-                }
-                Cold::Miss { from, site } => {
-                    self.a.bind(from);
-                    self.a.load(reg::T, frame(at::TARGET));
-                    self.leave_at(site);
                 }
             }
         }

@@ -220,16 +220,14 @@ impl Builder<'_, '_> {
     fn jump(&mut self, undo: i32) {
         let entry =
             |field: i32| Mem { base: Some(reg::RSP), index: Some((reg::U, 3)), disp: at::JUMPS + field };
-        // The salt may change at any time, so it is not subtracted again.
-        self.a.store(frame(at::TARGET), reg::T);
+        self.a.add(reg::T, frame(at::SALT));
         self.a.zero_extend16(reg::U, reg::T);
         self.a.add32(reg::U, reg::U);
-        self.a.add(reg::T, frame(at::SALT));
         self.a.cmp(reg::T, entry(0));
         let from = self.a.jump_if(cc::NZ);
         let site = self.site(Kind::Jump { undo }, self.guest, 0);
-        self.cold.push(Cold::Miss { from, site });
-        self.a.load(reg::T, frame(at::TARGET));
+        self.cold.push(Cold::Leave { from: vec![from], site });
+        self.a.rm(true, &[0x2b], reg::T, frame(at::OWN_SALT)); // SUB
         self.a.raw(&[0x48, 0x81, 0xe7, 0x00, 0xf0, 0xff, 0xff]); // AND RDI, -4096
         self.a.store(frame(at::PAGE), reg::T);
         self.a.jump_mem(entry(8));

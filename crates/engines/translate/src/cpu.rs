@@ -1,13 +1,13 @@
 //! The run loop: into translated code, and what to do when it is left.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use iced_x86::{Decoder, InstructionInfoFactory, OpAccess, Register};
 use interpret::Shutdown;
 use interpret::flags::Lazy;
 use interpret::op::{Flow, slot};
-use interpret::tlb::{ENTRIES, Flush, Tlb};
+use interpret::tlb::{ENTRIES, Tlb};
 use machine::cpu::{Debug, Error as CpuError, Exit, Kick, State, Stats, Vcpu};
 use machine::{Gpa, Machine, apic};
 use memory::Memory;
@@ -18,11 +18,12 @@ use x86::segment::{attr, index};
 use crate::Error;
 use crate::block::{Kind, Mode, Site};
 use crate::cache::Cache;
-use crate::frame::{Frame, at, reason};
+use crate::frame::{Frame, NO_SALT, at, reason};
 use crate::host::Host;
 use crate::lpt::Lpt;
 use crate::seats::number;
 use crate::signal::{self, Running};
+use crate::space::Spaces;
 
 /// Bytes of translated code that a vCPU keeps at most.
 const CODE: usize = 64 << 20;
@@ -49,34 +50,15 @@ pub struct Cpu {
     memory: Memory,
     host: Host,
     frame: Frame,
-    /// By the TLB's banks: supervisor, user, supervisor with access to user pages.
-    tables: [Lpt; 3],
+    spaces: Spaces,
     cache: Cache,
-    salts: Salts,
     /// Host addresses of guest memory: writable, and read-only.
     alias: (u64, u64, u64),
     gs: u64,
     count: Counters,
     info: InstructionInfoFactory,
     /// How often stores hit pages with code.
-    hits: std::collections::HashMap<u64, u32>,
-}
-
-/// What is added to linear addresses in the table of jumps, by what else decides about what they mean.
-struct Salts {
-    next: u16,
-    now: [u16; 64],
-    /// Linear pages, and GiB, that the table of jumps has addresses in.
-    pages: HashSet<u64>,
-    gibs: HashSet<u64>,
-}
-
-impl Salts {
-    fn reset(&mut self) {
-        self.now = [0; 64];
-        self.pages.clear();
-        self.gibs.clear();
-    }
+    hits: HashMap<u64, u32>,
 }
 
 /// Where to go on.
@@ -112,14 +94,13 @@ impl Cpu {
             memory,
             host,
             frame,
-            tables: [Lpt::new()?, Lpt::new()?, Lpt::new()?],
+            spaces: Spaces::new()?,
             cache: Cache::new(CODE, host)?,
-            salts: Salts { next: 2, now: [0; 64], pages: HashSet::new(), gibs: HashSet::new() },
             alias,
             gs: 0,
             count: Counters::default(),
             info: InstructionInfoFactory::new(),
-            hits: std::collections::HashMap::new(),
+            hits: HashMap::new(),
         })
     }
 
@@ -174,42 +155,21 @@ impl Cpu {
         let core = self.vcpu.core();
         let log = core.tlb.log.replace(Vec::new()).unwrap_or_default();
         for flush in log {
-            match flush {
-                Flush::All => {
-                    self.tables.iter_mut().for_each(Lpt::flush_all);
-                    self.salts.reset();
-                }
-                Flush::Local => {
-                    self.tables.iter_mut().for_each(Lpt::flush_local);
-                    self.salts.reset();
-                }
-                Flush::Page(linear) => {
-                    self.tables.iter_mut().for_each(|t| t.flush_page(linear));
-                    let large = self.vcpu.core().tlb.may_be_large(linear);
-                    let salts = &mut self.salts;
-                    if salts.pages.contains(&(linear >> 12)) || large && salts.gibs.contains(&(linear >> 30))
-                    {
-                        salts.reset();
-                    }
-                }
-            }
+            let large = |linear| core.tlb.may_be_large(linear);
+            self.spaces.flush(flush, large);
         }
     }
 
-    /// What is added to linear addresses now.
+    /// What is added to linear addresses in the table of jumps now.
     fn salt(&mut self, mode: Mode) -> u64 {
-        let user = u8::from(self.vcpu.core().cpl == 3);
-        let n = usize::from((mode.0 << 1 | user) & 63);
-        if self.salts.now[n] == 0 {
-            if self.salts.next >= 0x7ff0 {
-                self.frame.clear_jumps();
-                self.salts.next = 2;
-                self.salts.reset();
-            }
-            self.salts.now[n] = self.salts.next;
-            self.salts.next += 2;
-        }
-        u64::from(self.salts.now[n]) << 48
+        let user = self.vcpu.core().cpl == 3;
+        self.spaces.salt(&self.frame, mode, user)
+    }
+
+    /// The linear page table of the current address space and rights.
+    fn table(&mut self) -> &mut Lpt {
+        let bank = self.vcpu.core().bank / ENTRIES;
+        self.spaces.table(bank)
     }
 
     fn linear(&mut self) -> u64 {
@@ -228,8 +188,9 @@ impl Cpu {
         let Some(offset) = self.vcpu.core().fetch(linear)? else { return Ok(None) };
         let Some(host) = self.find(offset, mode) else { return Ok(None) };
         self.cache.enter_jump(&self.frame, offset, mode, tag, host);
-        self.salts.pages.insert(linear >> 12);
-        self.salts.gibs.insert(linear >> 30);
+        let core = self.vcpu.core();
+        let user = core.cpl == 3;
+        self.spaces.entered(linear, user, core.tlb.is_global(user, linear));
         Ok(Some(host))
     }
 
@@ -288,7 +249,7 @@ impl Cpu {
     fn enter(&mut self, host: u64) {
         let core = self.vcpu.core();
         let (fs, gs) = (core.r[usize::from(slot::FS)], core.r[usize::from(slot::GS)]);
-        let table = self.tables[(core.bank / ENTRIES).min(2)].base();
+        let table = self.spaces.table(core.bank / ENTRIES).base();
         self.frame.set(at::FS, fs);
         self.frame.set(at::GS, gs);
         if self.gs != table {
@@ -363,13 +324,21 @@ impl Cpu {
     fn jump(&mut self, undo: i32) -> Result<Next, Stop> {
         self.count.jumps += 1;
         self.flags_out();
-        let target = self.frame.get(at::LINEAR);
+        let salted = self.frame.get(at::LINEAR);
         let core = self.vcpu.core();
-        if core.bits == 64 && !interpret::canonical(target) {
+        let own = self.frame.get(at::OWN_SALT);
+        let target = if core.bits == 64 {
+            // Somebody may have rung just before.
+            let either = [own, NO_SALT].map(|salt| salted.wrapping_sub(salt));
+            either.into_iter().find(|&t| interpret::canonical(t))
+        } else {
+            [own, NO_SALT].map(|salt| salted.wrapping_sub(salt)).into_iter().find(|t| t >> 32 == 0)
+        };
+        let Some(target) = target else {
             // The jump itself faults, so it has not happened.
             core.r[4] = core.r[4].wrapping_add(undo as u64);
             return self.interpret();
-        }
+        };
         core.rip = target;
         Ok(Next::Look)
     }
@@ -450,9 +419,7 @@ impl Cpu {
             }
         }
         self.count.fills += 1;
-        if let Some(t) = self.tables.get_mut(bank / ENTRIES) {
-            t.fill(linear, host, m.global, m.shift);
-        }
+        self.table().fill(linear, host, m.global, m.shift);
         true
     }
 
@@ -528,14 +495,13 @@ impl Cpu {
             }
             *self.hits.entry(offset).or_default() += 1;
         }
-        let bank = (self.vcpu.core().bank / ENTRIES).min(2);
         for (linear, size) in stores {
-            let entry = self.tables[bank].get(linear);
+            let entry = self.table().get(linear);
             let page = entry.wrapping_add(linear & !0xfff);
             if entry == 0 || (page != rw + offset && page != ro + offset) {
                 continue;
             }
-            self.tables[bank].forget(linear);
+            self.table().forget(linear);
             return self.fill(linear, size, true)
                 && !self.memory.code().holds_code(offset)
                 && self.is_writable(linear);
@@ -545,8 +511,7 @@ impl Cpu {
 
     fn is_writable(&mut self, linear: u64) -> bool {
         let (rw, _, len) = self.alias;
-        let bank = (self.vcpu.core().bank / ENTRIES).min(2);
-        let host = self.tables[bank].get(linear).wrapping_add(linear & !0xfff);
+        let host = self.table().get(linear).wrapping_add(linear & !0xfff);
         (rw..rw + len).contains(&host)
     }
 

@@ -19,8 +19,10 @@ pub mod at {
     pub const STOLEN: [i32; 3] = [4, 12, 20];
     /// Linear address of the page of code that runs.
     pub const PAGE: i32 = 28;
-    /// What is added to a linear address before it is looked up in the table of jumps.
+    /// What is added to a linear address before it is looked up in the table of jumps. Whoever rings changes it.
     pub const SALT: i32 = 36;
+    /// The same, as it was when translated code was entered.
+    pub const OWN_SALT: i32 = 172;
     /// For a rewritten instruction's own use.
     pub const SCRATCH: i32 = 44;
     /// FS base.
@@ -72,7 +74,7 @@ pub mod reason {
 /// Entries of the table of jumps.
 pub const JUMPS: usize = 1 << 16;
 /// A salt that no entry has, so that every jump misses.
-const NO_SALT: u64 = 0x7fff << 48;
+pub const NO_SALT: u64 = 0x7fff << 48;
 const SIZE: usize = at::JUMPS as usize + 16 * JUMPS + 4096;
 
 /// A vCPU's frame.
@@ -170,6 +172,7 @@ impl Frame {
         // SAFETY: inside the frame, aligned, and only ever accessed atomically or by translated code.
         let (poll, word) =
             unsafe { (AtomicU32::from_ptr(self.at(at::POLL)), AtomicU64::from_ptr(self.at(at::SALT))) };
+        self.set(at::OWN_SALT, salt);
         poll.store(0, Ordering::SeqCst);
         word.store(salt, Ordering::SeqCst);
     }

@@ -25,6 +25,7 @@ mod lpt;
 mod rewrite;
 mod seats;
 mod signal;
+mod space;
 mod stubs;
 
 pub use cpu::Cpu;
