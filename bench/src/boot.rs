@@ -17,11 +17,11 @@ pub struct Args {
     programs: Programs,
 }
 
-/// One start: seconds until the first line of userspace, seconds of processor time until then, and MiB resident then.
+/// One start: seconds until the first line of userspace, seconds of processor time until then, and MiB of memory beside guest RAM.
 struct Start {
     wall: f64,
     cpu: f64,
-    resident: f64,
+    memory: f64,
 }
 
 /// Measures, side by side in one run, and prints ratios.
@@ -49,15 +49,15 @@ pub fn run(args: &Args) -> Result<()> {
     let base = |what| tcg.map_or(f64::NAN, |(_, starts)| middle(starts, what));
     println!(
         "{:12} {:>8} {:>8} {:>9} {:>9} {:>13}",
-        "", "wall s", "CPU s", "wall/tcg", "CPU/tcg", "resident MiB"
+        "", "wall s", "CPU s", "wall/tcg", "CPU/tcg", "memory MiB"
     );
     for (engine, starts) in &rows {
         let (wall, cpu) = (middle(starts, |s| s.wall), middle(starts, |s| s.cpu));
         let (to_wall, to_cpu) = (wall / base(|s| s.wall), cpu / base(|s| s.cpu));
-        let resident = middle(starts, |s| s.resident);
-        println!("{engine:12} {wall:8.2} {cpu:8.2} {to_wall:9.2} {to_cpu:9.2} {resident:13.1}");
+        let memory = middle(starts, |s| s.memory);
+        println!("{engine:12} {wall:8.2} {cpu:8.2} {to_wall:9.2} {to_cpu:9.2} {memory:13.1}");
     }
-    println!("resident memory is without what is shared: Lodge's guest RAM is, QEMU's is not");
+    println!("memory is without guest RAM for Lodge, with it for QEMU");
     Ok(())
 }
 
@@ -65,5 +65,5 @@ fn start(setup: &Setup, engine: &str) -> Result<Start> {
     let mut running = Running::start(&mut setup.command(engine)?)?;
     let (_, moment) = running.line(monitor::READY, monitor::PATIENCE)?;
     let (wall, cpu) = (moment.wall.as_secs_f64(), moment.cpu.as_secs_f64());
-    Ok(Start { wall, cpu, resident: running.resident() })
+    Ok(Start { wall, cpu, memory: running.memory() })
 }

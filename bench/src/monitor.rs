@@ -204,15 +204,24 @@ impl Running {
         Ok(Moment { wall: self.begun.elapsed(), cpu: cpu.into() })
     }
 
-    /// What is resident of it beside shared memory, in MiB. Lodge's guest RAM is shared memory, so for it that is the
-    /// monitor itself; QEMU's is not.
-    pub fn resident(&self) -> f64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
-        let kib = |name: &str| {
-            let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or("");
-            line.trim().trim_end_matches(" kB").parse::<f64>().unwrap_or(0.0)
-        };
-        (kib("RssAnon:") + kib("RssFile:")) / 1024.0
+    /// How much memory it uses beside Lodge's guest RAM, page tables included, in MiB (proc_pid_smaps(5)). What is
+    /// mapped twice counts once. QEMU's guest RAM has no name by which it could be left out.
+    pub fn memory(&self) -> f64 {
+        let file =
+            |name| std::fs::read_to_string(format!("/proc/{}/{name}", self.child.id())).unwrap_or_default();
+        let kib =
+            |line: &str, name| line.strip_prefix(name)?.trim().trim_end_matches(" kB").parse::<f64>().ok();
+        let mut guest_ram = false;
+        let mut sum: f64 = file("status").lines().filter_map(|line| kib(line, "VmPTE:")).sum();
+        for line in file("smaps").lines() {
+            // A mapping's first line begins with its address, the others with a name in capitals.
+            if !line.starts_with(|c: char| c.is_ascii_uppercase()) {
+                guest_ram = line.contains("memfd:lodge-guest");
+            } else if !guest_ram {
+                sum += kib(line, "Pss:").unwrap_or(0.0);
+            }
+        }
+        sum / 1024.0
     }
 }
 

@@ -30,6 +30,7 @@ pub fn run(args: &Args) -> Result<()> {
         sh::run(&mut sh::cargo(&["deny", "--log-level", "error", "check", "licenses", "bans", "sources"]))?;
     }
     guests::build()?;
+    guests::build_work()?;
     // The end-to-end tests run the command as users have it.
     sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
     let mut nextest = vec!["nextest", "run", "--workspace", "--no-fail-fast"];

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use images::cpio::Cpio;
 
 use crate::monitor::{self, Programs, Running, Setup};
@@ -63,8 +63,8 @@ struct Sample {
 struct Column {
     /// Host processor time until the first line of userspace, seconds; and on the clock.
     boot: Option<[f64; 2]>,
-    /// What is resident at the end beside shared memory, MiB.
-    resident: f64,
+    /// What memory it uses at the end, MiB: see [`Running::memory`].
+    memory: f64,
     samples: BTreeMap<String, Vec<Sample>>,
     /// What went wrong, by workload.
     failures: BTreeMap<String, String>,
@@ -76,7 +76,8 @@ type Workload = (String, String);
 /// Measures and prints the table.
 ///
 /// # Errors
-/// Something cannot be started, or an engine fails, or gives another checksum than the others.
+/// Something cannot be started, or an engine fails or gives another checksum than the others; then after all else is
+/// done.
 pub fn run(args: &Args) -> Result<()> {
     let work = match &args.work {
         Some(path) => path.clone(),
@@ -111,7 +112,7 @@ pub fn run(args: &Args) -> Result<()> {
         for (name, _) in &workloads {
             progress(&format!("round {round} of {}: {name}", args.rounds));
             for place in &mut places {
-                place.measure(name, args)?;
+                place.measure(name, args);
             }
         }
     }
@@ -123,9 +124,10 @@ pub fn run(args: &Args) -> Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     table::print(&workloads, &columns);
+    table::print_engines(&columns, args.programs.cpus);
     let errors = table::errors(&workloads, &columns);
     errors.iter().for_each(|error| println!("error: {error}"));
-    ensure!(errors.is_empty(), "{} workloads failed or differ", errors.len());
+    ensure!(errors.is_empty(), "errors: {}", errors.len());
     Ok(())
 }
 
@@ -159,39 +161,42 @@ struct Place<'a> {
     engine: String,
     setup: &'a Setup,
     work: &'a std::path::Path,
-    running: Running,
+    /// Or why it runs no more.
+    running: Result<Running, String>,
     column: Column,
 }
 
 impl<'a> Place<'a> {
     fn start(engine: &str, setup: &'a Setup, work: &'a std::path::Path) -> Result<Self> {
         let mut column = Column::default();
-        let running = boot(engine, setup, work, &mut column)?;
+        let running = Ok(boot(engine, setup, work, &mut column)?);
         Ok(Self { engine: engine.into(), setup, work, running, column })
     }
 
     /// Runs a workload, if it has not failed before; where it does, the guest is started anew for the others.
-    fn measure(&mut self, name: &str, args: &Args) -> Result<()> {
+    fn measure(&mut self, name: &str, args: &Args) {
         if self.column.failures.contains_key(name) {
-            return Ok(());
+            return;
         }
         match self.sample(name, args) {
             Ok(Some(sample)) => self.column.samples.entry(name.into()).or_default().push(sample),
             Ok(None) => {}
             Err(error) => {
                 self.column.failures.insert(name.into(), format!("{error:#}"));
-                self.running = boot(&self.engine, self.setup, self.work, &mut self.column)
-                    .with_context(|| format!("{} does not start again after {name} failed", self.engine))?;
+                if self.running.is_ok() {
+                    let again = boot(&self.engine, self.setup, self.work, &mut self.column);
+                    self.running = again.map_err(|error| format!("it did not start again: {error:#}"));
+                }
             }
         }
-        Ok(())
     }
 
     /// One run of a workload; none where the machine lacks what it needs.
     fn sample(&mut self, name: &str, args: &Args) -> Result<Option<Sample>> {
-        let before = self.running.now()?;
-        self.running.say(&format!("{name} {}", args.size))?;
-        let (line, after) = self.running.line("@@work ", Duration::from_secs(args.patience))?;
+        let running = self.running.as_mut().map_err(|why| anyhow!("{why}"))?;
+        let before = running.now()?;
+        running.say(&format!("{name} {}", args.size))?;
+        let (line, after) = running.line("@@work ", Duration::from_secs(args.patience))?;
         let mut words = line.split(' ');
         ensure!(words.next() == Some(name), "the answer is to another order: {line}");
         if words.clone().next() == Some("absent") {
@@ -208,7 +213,7 @@ impl<'a> Place<'a> {
     }
 
     fn finish(mut self) -> (String, Column) {
-        self.column.resident = self.running.resident();
+        self.column.memory = self.running.as_ref().map_or(f64::NAN, Running::memory);
         (self.engine, self.column)
     }
 }

@@ -60,22 +60,25 @@ fn ratios(columns: &[(String, Column)]) -> Vec<Ratio<'_>> {
     slower.chain(faster).collect()
 }
 
-fn row(first: &str, second: &str, cells: impl Iterator<Item = Option<f64>>) {
-    let cells: String =
-        cells.map(|cell| cell.map_or(format!("{:>18}", "-"), |value| format!("{value:18.2}"))).collect();
+fn row(first: &str, second: &str, cells: impl Iterator<Item = Option<String>>) {
+    let cells: String = cells.map(|cell| format!("{:>20}", cell.unwrap_or("-".into()))).collect();
     println!("{first:16}{second:>12}{cells}");
 }
 
-/// Prints a table: a row for each workload, category and summary, a column for each ratio.
+fn number(value: f64) -> String {
+    format!("{value:.2}")
+}
+
+/// Prints a row for each workload and category, a column for each ratio.
 pub fn print(workloads: &[Workload], columns: &[(String, Column)]) {
     let ratios = ratios(columns);
     let native = find(columns, "native");
-    let titles: String = ratios.iter().map(|ratio| format!("{:>18}", ratio.title)).collect();
-    println!("\n{:16}{:>12}{titles}", "host CPU time", "native ms");
+    println!();
+    row("host CPU time", "native ms", ratios.iter().map(|ratio| Some(ratio.title.clone())));
     for (name, _) in workloads {
-        let time =
-            native.and_then(|column| column.cpu(name)).map_or("-".into(), |t| format!("{:.1}", t / 1e6));
-        row(name, &time, ratios.iter().map(|ratio| ratio.of(name)));
+        let time = native.and_then(|column| column.cpu(name)).map(|time| format!("{:.1}", time / 1e6));
+        let cells = ratios.iter().map(|ratio| ratio.of(name).map(number));
+        row(name, &time.unwrap_or("-".into()), cells);
     }
     println!("geometric means");
     let mut categories: Vec<&str> = workloads.iter().map(|(_, category)| category.as_str()).collect();
@@ -84,20 +87,32 @@ pub fn print(workloads: &[Workload], columns: &[(String, Column)]) {
         let names = || {
             workloads.iter().filter(move |(_, c)| category == "all" || c == category).map(|(n, _)| n.as_str())
         };
-        row(category, "", ratios.iter().map(|ratio| ratio.geomean(names())));
+        row(category, "", ratios.iter().map(|ratio| ratio.geomean(names()).map(number)));
     }
-    let tcg_boot = find(columns, "tcg").and_then(|tcg| tcg.boot);
-    println!(
-        "\n{:16}{:>12}{:>12}{:>12}{:>12}{:>16}",
-        "", "boot CPU s", "wall s", "tcg/", "scaling", "resident MiB"
-    );
+    let sorted = |ratio: &Ratio| -> Vec<(f64, String)> {
+        let mut all: Vec<_> = workloads
+            .iter()
+            .filter_map(|(n, _)| Some((ratio.of(n)?, format!("{n} {:.2}", ratio.of(n)?))))
+            .collect();
+        all.sort_by(|a, b| a.0.total_cmp(&b.0));
+        all
+    };
+    row("lowest", "", ratios.iter().map(|ratio| sorted(ratio).first().map(|(_, text)| text.clone())));
+    row("highest", "", ratios.iter().map(|ratio| sorted(ratio).last().map(|(_, text)| text.clone())));
+}
+
+/// Prints what else there is to say of each engine.
+pub fn print_engines(columns: &[(String, Column)], cpus: u32) {
+    let tcg = find(columns, "tcg").and_then(|tcg| tcg.boot);
+    println!();
+    let titles = ["boot wall s", "tcg/", "scaling", "memory MiB"].map(|title| Some(title.into()));
+    row("", "boot CPU s", titles.into_iter());
     for (engine, column) in columns {
-        let cell = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.2}"));
         let [cpu, wall] = [0, 1].map(|n| column.boot.map(|boot| boot[n]));
-        let faster = tcg_boot.zip(cpu).map(|(tcg, cpu)| tcg[0] / cpu);
-        let cells: String =
-            [cpu, wall, faster, column.scaling()].map(|value| format!("{:>12}", cell(value))).concat();
-        println!("{engine:16}{cells}{:16.1}", column.resident);
+        let faster = tcg.zip(cpu).map(|(tcg, cpu)| tcg[0] / cpu);
+        let scaling = column.scaling().filter(|_| cpus > 1);
+        let cells = [wall, faster, scaling, Some(column.memory)].map(|value| value.map(number));
+        row(engine, &cpu.map_or("-".into(), number), cells.into_iter());
     }
 }
 
@@ -118,4 +133,54 @@ pub fn errors(workloads: &[Workload], columns: &[(String, Column)]) -> Vec<Strin
         }
     }
     errors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Sample;
+
+    fn column(samples: &[(&str, u64, &str)]) -> Column {
+        let mut column = Column::default();
+        for (name, cpu, checksum) in samples {
+            let sample =
+                Sample { cpu: *cpu, wall: *cpu, seen: [0, 0], iterations: 10, checksum: (*checksum).into() };
+            column.samples.entry((*name).into()).or_default().push(sample);
+        }
+        column
+    }
+
+    #[test]
+    fn ratios_are_of_medians_and_engines_are_compared_with_both_bases() {
+        let columns = [
+            ("native".into(), column(&[("a", 10, "x"), ("b", 20, "y")])),
+            ("tcg".into(), column(&[("a", 80, "x"), ("a", 70, "x"), ("a", 900, "x"), ("b", 40, "y")])),
+            ("new".into(), column(&[("a", 20, "x")])),
+        ];
+        let ratios = ratios(&columns);
+        let titles: Vec<&str> = ratios.iter().map(|ratio| ratio.title.as_str()).collect();
+        assert_eq!(titles, ["tcg/native", "new/native", "tcg/new"]);
+        assert_eq!(ratios.iter().map(|ratio| ratio.of("a")).collect::<Vec<_>>(), [8.0, 2.0, 4.0].map(Some));
+        // 8 and 2; where an engine has no figure, the workload is left out.
+        assert!(ratios[0].geomean(["a", "b"].into_iter()).is_some_and(|mean| (mean - 4.0).abs() < 1e-9));
+        assert!(ratios[1].geomean(["a", "b"].into_iter()).is_some_and(|mean| (mean - 2.0).abs() < 1e-9));
+        assert_eq!(ratios[1].geomean(["b"].into_iter()), None);
+    }
+
+    #[test]
+    fn other_checksums_are_errors_between_engines_and_between_rounds() {
+        let workloads: Vec<Workload> = ["a", "b"].map(|name| (name.into(), "integer".into())).into();
+        let native = || ("native".into(), column(&[("a", 1, "x"), ("b", 1, "y")]));
+        assert!(errors(&workloads, &[native(), ("tcg".into(), column(&[("a", 1, "x")]))]).is_empty());
+        let found = errors(&workloads, &[native(), ("tcg".into(), column(&[("a", 1, "x"), ("a", 1, "z")]))]);
+        assert!(found.len() == 1 && found[0].starts_with("a: checksums differ"), "{found:?}");
+        let mut failed = column(&[]);
+        failed.failures.insert("b".into(), "the guest has gone".into());
+        assert_eq!(errors(&workloads, &[native(), ("new".into(), failed)]), ["b on new: the guest has gone"]);
+    }
+
+    #[test]
+    fn two_threads_that_take_no_longer_than_one_scale_by_two() {
+        assert_eq!(column(&[("sum-1", 50, ""), ("sum-2", 50, "")]).scaling(), Some(2.0));
+    }
 }
