@@ -203,6 +203,23 @@ impl Asm {
         self.rr(false, &[0x33], to, from);
     }
 
+    /// AND r32, imm.
+    pub fn and_imm32(&mut self, reg: u8, value: u32) {
+        self.rr(false, &[0x81], 4, reg);
+        self.imm32(value as i32);
+    }
+
+    /// CMP r32, imm.
+    pub fn cmp_imm32(&mut self, reg: u8, value: u32) {
+        self.rr(false, &[0x81], 7, reg);
+        self.imm32(value as i32);
+    }
+
+    /// ADD r64, r64.
+    pub fn add64(&mut self, to: u8, from: u8) {
+        self.rr(true, &[0x03], to, from);
+    }
+
     /// ADD r64, [mem].
     pub fn add(&mut self, reg: u8, mem: Mem) {
         self.rm(true, &[0x03], reg, mem);
@@ -289,4 +306,6 @@ pub mod cc {
     pub const Z: u8 = 4;
     /// Not zero.
     pub const NZ: u8 = 5;
+    /// Above.
+    pub const A: u8 = 7;
 }

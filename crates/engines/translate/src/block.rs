@@ -4,10 +4,12 @@ use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemon
 use x86::cpuid::Cpuid;
 
 use crate::allowed::{self, Class};
-use crate::asm::{Asm, Fixup, cc, frame, reg};
+use crate::asm::{Asm, Fixup, Mem, based, cc, frame, reg, sum};
 use crate::decode::{self, Page, STATUS};
 use crate::frame::at;
 use crate::host::Host;
+use crate::plan::{Member, Plan};
+use crate::seats::{Seat, seat};
 use crate::stubs::Stubs;
 
 /// Instructions in a block at most.
@@ -28,6 +30,8 @@ impl Mode {
     pub const FS: u8 = 8;
     /// GS likewise.
     pub const GS: u8 = 16;
+    /// Each access looks its page up by itself: for where groups of accesses cross a page.
+    pub const SOLO: u8 = 32;
 
     /// 64 or 32.
     pub fn bits(self) -> u32 {
@@ -53,6 +57,13 @@ pub enum Kind {
         /// Bytes.
         size: u8,
         /// It stores.
+        write: bool,
+    },
+    /// The page of a group of accesses is not in the linear page table, or the group crosses a page.
+    Group {
+        /// Bytes.
+        span: u16,
+        /// The first of them stores.
         write: bool,
     },
     /// The reference engine executes this instruction, which is number `op` of the block's, and execution goes on at the
@@ -162,6 +173,12 @@ pub struct Builder<'a, 'p> {
     pub live: u32,
     pub live_after: u32,
     pub guest: u16,
+    plan: Plan,
+    /// Number of the instruction at hand, and of its next access.
+    number: usize,
+    access: usize,
+    /// The group whose addend is in RSI.
+    pub owner: Option<usize>,
 }
 
 impl<'a, 'p> Builder<'a, 'p> {
@@ -182,9 +199,17 @@ impl<'a, 'p> Builder<'a, 'p> {
             live: 0,
             live_after: 0,
             guest: start,
+            plan: Plan::default(),
+            number: 0,
+            access: 0,
+            owner: None,
         };
         let (instructions, whole) = b.decode();
         let live = b.liveness(&instructions);
+        if b.c.mode.0 & Mode::SOLO == 0 {
+            let mut info = InstructionInfoFactory::new();
+            b.plan = Plan::new(&instructions, b.c.mode, &mut info, |i| b.is_helper(i));
+        }
         if live[0] != 0 {
             b.flags = Flags::Memory;
         }
@@ -192,6 +217,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         for (n, i) in instructions.iter().enumerate() {
             (b.live, b.live_after) = (live[n], live[n + 1]);
             b.guest = i.ip() as u16;
+            (b.number, b.access) = (n, 0);
             if b.live == 0 {
                 b.flags = Flags::Dead;
             }
@@ -263,7 +289,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         if !interpret::supported(i, self.c.cpuid) {
             return true;
         }
-        if self.is_skipped(i) || self.is_control(i) || self.is_stack(i) {
+        if decode::is_skipped(i) || self.is_control(i) || self.is_stack(i) {
             return false;
         }
         if self.segment_is_special(i) || self.address_is_special(i) {
@@ -285,28 +311,12 @@ impl<'a, 'p> Builder<'a, 'p> {
         }
     }
 
-    /// Whether the instruction does nothing that a guest could see.
-    pub fn is_skipped(&self, i: &Instruction) -> bool {
-        use Mnemonic as M;
-        matches!(
-            i.mnemonic(),
-            M::Nop
-                | M::Endbr64
-                | M::Endbr32
-                | M::Prefetchnta
-                | M::Prefetcht0
-                | M::Prefetcht1
-                | M::Prefetcht2
-                | M::Prefetchw
-        )
-    }
-
     /// Rewrites one instruction. Tells whether execution can go on behind it.
     fn instruction(&mut self, i: &Instruction) -> bool {
         if self.is_helper(i) {
             return self.helper(i);
         }
-        if self.is_skipped(i) {
+        if decode::is_skipped(i) {
             return true;
         }
         if self.is_control(i) {
@@ -330,6 +340,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         let site = self.sites.len() - 1;
         self.sites[site].host = self.a.address();
         self.flags = Flags::Memory;
+        self.owner = None;
         i.flow_control() == FlowControl::Next
     }
 
@@ -403,15 +414,82 @@ impl<'a, 'p> Builder<'a, 'p> {
         }
     }
 
-    /// Starts an access: what follows can be tried again from here.
-    pub fn begin_access(&mut self) {
-        self.release_flags();
-        self.mark(true);
+    /// An access: `address` emits its linear address to RDI, `base` is the guest register and distance that it is at if it
+    /// is so. Gives the operand, which may need RSI and RDI.
+    pub fn access(
+        &mut self,
+        size: u32,
+        write: bool,
+        base: Option<(u8, i32)>,
+        address: impl FnOnce(&mut Self),
+    ) -> Mem {
+        let member = self.plan.member(self.number, self.access);
+        self.access += 1;
+        match (member, base) {
+            (Some(member), Some((register, disp))) => {
+                if member.first {
+                    self.check_group(member, register, write);
+                } else if self.owner != Some(member.group) {
+                    self.a.load(reg::U, frame(Plan::slot(member.group)));
+                    self.owner = Some(member.group);
+                }
+                self.member(register, disp)
+            }
+            _ => {
+                self.release_flags();
+                self.mark(true);
+                self.owner = None;
+                address(self);
+                self.check(size, write)
+            }
+        }
     }
 
-    /// From the linear address in RDI of an access of `size` bytes to the addend in RSI.
-    pub fn check(&mut self, size: u32, write: bool) {
-        let retry = self.marks.last().map_or(0, |m| self.a.base + u64::from(m.host));
+    /// The operand of a member of the group whose addend is in RSI.
+    fn member(&mut self, register: u8, disp: i32) -> Mem {
+        let base = match seat(register) {
+            Seat::Host(r) => r,
+            Seat::Frame(slot) => {
+                self.a.load(reg::T, frame(slot));
+                reg::T
+            }
+        };
+        if self.c.mode.wide() {
+            return Mem { base: Some(base), index: Some((reg::U, 0)), disp };
+        }
+        // The address wraps at 4 GiB before the addend is added.
+        self.a.lea(false, reg::T, based(base, disp));
+        sum(reg::T, reg::U)
+    }
+
+    /// Makes sure that a group lies in one page, and gets the page's addend to RSI and the group's slot.
+    fn check_group(&mut self, member: Member, register: u8, write: bool) {
+        let span = self.plan.groups[member.group].span();
+        self.release_flags();
+        self.mark(true);
+        let retry = self.a.address();
+        let base = match seat(register) {
+            Seat::Host(r) => r,
+            Seat::Frame(slot) => {
+                self.a.load(reg::T, frame(slot));
+                reg::T
+            }
+        };
+        self.a.lea(self.c.mode.wide(), reg::T, based(base, member.start));
+        self.look_up();
+        let missing = self.a.jump_if(cc::Z);
+        self.a.and_imm32(reg::T, 0xfff);
+        self.a.cmp_imm32(reg::T, 0x1000 - span);
+        let crosses = self.a.jump_if(cc::A);
+        let site = self.site(Kind::Group { span: span as u16, write }, self.guest, retry);
+        self.cold.push(Cold::Leave { from: vec![missing, crosses], site });
+        self.a.store(frame(Plan::slot(member.group)), reg::U);
+        self.owner = Some(member.group);
+        self.flags_lost();
+    }
+
+    /// The entry for the linear address in RDI to RSI; ZF tells whether there is none.
+    fn look_up(&mut self) {
         if self.c.host.bmi1 {
             self.a.page_number();
         } else {
@@ -419,16 +497,52 @@ impl<'a, 'p> Builder<'a, 'p> {
         }
         self.a.entry();
         self.a.test(reg::U);
+    }
+
+    /// From the linear address in RDI of an access of `size` bytes to its operand.
+    fn check(&mut self, size: u32, write: bool) -> Mem {
+        let retry = self.marks.last().map_or(0, |m| self.a.base + u64::from(m.host));
+        self.look_up();
         let missing = self.a.jump_if(cc::Z);
         let site = self.site(Kind::Access { size: size as u8, write }, self.guest, retry);
         self.cold.push(Cold::Leave { from: vec![missing], site });
-        if size > 1 {
-            self.a.test_low(reg::T, (size - 1) as u8);
-            let from = self.a.jump_if(cc::NZ);
-            let back = self.a.address();
-            self.cold.push(Cold::Misaligned { from, back, size, site });
-        }
+        let operand = if size >= 16 {
+            // Vectors are often not aligned.
+            self.a.add64(reg::U, reg::T);
+            self.a.and_imm32(reg::T, 0xfff);
+            self.a.cmp_imm32(reg::T, 0x1000 - size);
+            let crosses = self.a.jump_if(cc::A);
+            let site = self.site(Kind::Instruction, self.guest, 0);
+            self.cold.push(Cold::Leave { from: vec![crosses], site });
+            based(reg::U, 0)
+        } else {
+            if size > 1 {
+                self.a.test_low(reg::T, (size - 1) as u8);
+                let from = self.a.jump_if(cc::NZ);
+                let back = self.a.address();
+                self.cold.push(Cold::Misaligned { from, back, size, site });
+            }
+            sum(reg::T, reg::U)
+        };
         self.flags_lost();
+        operand
+    }
+
+    /// A temporary register beside an operand, which may have to move for it.
+    pub fn temporary(&mut self, operand: Mem) -> (Mem, u8) {
+        let uses = |r: u8| operand.base == Some(r) || operand.index.is_some_and(|(i, _)| i == r);
+        match (uses(reg::T), uses(reg::U)) {
+            (false, _) => (operand, reg::T),
+            (true, false) => {
+                self.owner = None;
+                (operand, reg::U)
+            }
+            (true, true) => {
+                self.a.lea(true, reg::T, operand);
+                self.owner = None;
+                (based(reg::T, 0), reg::U)
+            }
+        }
     }
 
     fn finish_cold(&mut self) {

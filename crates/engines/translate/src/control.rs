@@ -2,7 +2,7 @@
 
 use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind};
 
-use crate::asm::{Mem, based, cc, frame, reg, sum};
+use crate::asm::{Mem, based, cc, frame, reg};
 use crate::block::{Builder, Cold, Kind};
 use crate::decode::{self, is_near};
 use crate::frame::at;
@@ -114,12 +114,11 @@ impl Builder<'_, '_> {
 
     /// Pushes the address of the next instruction.
     fn push_return(&mut self, i: &Instruction) {
-        self.push_place();
-        self.a.lea(true, reg::T, sum(reg::T, reg::U));
-        self.a.load(reg::U, frame(at::PAGE));
-        let wide = self.c.mode.wide();
-        self.a.lea(wide, reg::U, based(reg::U, i.next_ip() as i32));
-        self.a.rm(wide, &[0x89], reg::U, based(reg::T, 0));
+        let to = self.push_place();
+        let (to, r) = self.temporary(to);
+        self.a.load(r, frame(at::PAGE));
+        self.a.lea(self.c.mode.wide(), r, based(r, i.next_ip() as i32));
+        self.store_word(to, r);
         self.move_stack(-self.c.mode.word());
     }
 

@@ -305,6 +305,7 @@ impl Cpu {
                 self.flags_out();
                 self.interpret()
             }
+            Kind::Group { span, write } => self.group(site, span, write),
             Kind::Helper { op } => self.help(site, op),
             Kind::Jump { undo } => self.jump(undo),
             Kind::Instruction => {
@@ -318,6 +319,24 @@ impl Cpu {
                 Ok(Next::Look)
             }
         }
+    }
+
+    /// A group of accesses whose page has to be looked up, or that crosses a page.
+    fn group(&mut self, site: Site, span: u16, write: bool) -> Result<Next, Stop> {
+        let linear = self.frame.get(at::LINEAR);
+        if (linear & 0xfff) + u64::from(span) <= 0x1000 {
+            if self.fill(linear, 1, write) {
+                return Ok(Next::Host(site.host));
+            }
+        } else if let Some((page, mode)) = self.cache.place(site.block)
+            && self.cache.is_fresh(site.block, &self.memory)
+            && let Some(host) = self.find(page + u64::from(site.guest), Mode(mode.0 | Mode::SOLO))
+        {
+            return Ok(Next::Host(host));
+        }
+        self.count.slow += 1;
+        self.flags_out();
+        self.interpret()
     }
 
     /// A jump to where the table of jumps knows nothing. RIP is the jump's.
@@ -353,7 +372,7 @@ impl Cpu {
         self.count.helpers += 1;
         self.flags_out();
         let Some(op) = self.cache.op(site.block, op) else { return self.interpret() };
-        let mode = self.cache.place(site.block).map(|p| p.1);
+        let mode = self.cache.place(site.block).map(|p| Mode(p.1.0 & !Mode::SOLO));
         match self.vcpu.execute(op) {
             Ok(Flow::Next) => {
                 let core = self.vcpu.core();
@@ -446,7 +465,10 @@ impl Cpu {
                 return Ok(Next::Host(host));
             }
         } else if signal == libc::SIGSEGV && address != 0 {
-            return Err(Stop::Bug(format!("an access to {address:#x} at {pc:#x} left guest memory")));
+            let rip = self.vcpu.core().rip;
+            return Err(Stop::Bug(format!(
+                "an access to {address:#x} for the instruction at {rip:#x} left guest memory"
+            )));
         }
         self.interpret()
     }

@@ -184,3 +184,19 @@ pub fn general(i: &Instruction) -> Instruction {
     i.set_code(code);
     i
 }
+
+/// Whether the instruction does nothing that a guest could see.
+pub fn is_skipped(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Nop
+            | M::Endbr64
+            | M::Endbr32
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchw
+    )
+}

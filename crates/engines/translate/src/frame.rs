@@ -23,6 +23,8 @@ pub mod at {
     pub const SALT: i32 = 36;
     /// The same, as it was when translated code was entered.
     pub const OWN_SALT: i32 = 172;
+    /// Addends of groups of accesses: this one and those below it.
+    pub const GROUPS: i32 = -12;
     /// For a rewritten instruction's own use.
     pub const SCRATCH: i32 = 44;
     /// FS base.

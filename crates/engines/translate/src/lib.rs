@@ -22,6 +22,7 @@ mod decode;
 mod frame;
 mod host;
 mod lpt;
+mod plan;
 mod rewrite;
 mod seats;
 mod signal;

@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use crate::allowed;
-use crate::asm::{based, frame, reg, sum};
+use crate::asm::{Mem, based, frame, reg};
 use crate::block::{Builder, Mode};
 use crate::decode;
 use crate::frame::at;
@@ -106,9 +106,20 @@ impl Builder<'_, '_> {
             Seat::Host(r) => r,
             Seat::Frame(slot) => {
                 self.a.load(temporary, frame(slot));
+                if temporary == reg::U {
+                    self.owner = None;
+                }
                 temporary
             }
         }
+    }
+
+    /// The guest register and distance that the operand in memory is at, if it is so.
+    fn at_register(&self, i: &Instruction) -> Option<(u8, i32)> {
+        let base = i.memory_base();
+        let right = if self.c.mode.wide() { base.is_gpr64() } else { base.is_gpr32() };
+        (right && i.memory_index() == Register::None)
+            .then(|| (number(base), i.memory_displacement64() as i32))
     }
 
     /// Writes a guest register, all of it.
@@ -202,26 +213,29 @@ impl Builder<'_, '_> {
         let i = decode::general(i);
         let memory = is_memory(&i);
         let mut temporaries = self.temporaries(&i);
+        let mut operand = None;
         if memory {
             let size = i.memory_size().size().max(1) as u32;
-            let operand = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory).unwrap_or(0);
-            let access = self.info.info(&i).op_access(operand);
+            let n = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory).unwrap_or(0);
+            let access = self.info.info(&i).op_access(n);
             let write = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None);
-            self.begin_access();
-            self.address(&i, true);
-            self.check(size, write);
+            operand = Some(self.access(size, write, self.at_register(&i), |b| b.address(&i, true)));
         }
         let partial = decode::may_write(&i) != 0 && self.live_after & !decode::writes(&i) != 0;
         if decode::reads(&i) != 0 || partial {
             self.flags_to_host();
         }
-        let mut base = (Register::RDI, Register::RSI);
-        if memory && !temporaries.is_empty() {
-            self.a.lea(true, reg::T, sum(reg::T, reg::U));
-            base = (Register::RDI, Register::None);
+        let mut hosts = [reg::U, reg::T];
+        if let (Some(m), false) = (operand, temporaries.is_empty()) {
+            let (m, host) = self.temporary(m);
+            operand = Some(m);
+            hosts[0] = host;
         }
-        for (t, host) in temporaries.iter_mut().zip([reg::U, reg::T]) {
+        for (t, host) in temporaries.iter_mut().zip(hosts) {
             t.host = host;
+            if host == reg::U {
+                self.owner = None;
+            }
             if t.load {
                 match seat(t.guest) {
                     Seat::Host(r) => self.a.mov(host, r),
@@ -229,7 +243,7 @@ impl Builder<'_, '_> {
                 }
             }
         }
-        let rewritten = self.reseat(&i, &temporaries, base);
+        let rewritten = reseat(&i, &temporaries, operand);
         self.mark_op();
         self.encode(&rewritten);
         for t in temporaries.iter().filter(|t| t.store) {
@@ -252,36 +266,6 @@ impl Builder<'_, '_> {
                 m.access = false;
             }
         }
-    }
-
-    fn reseat(&self, i: &Instruction, temporaries: &[Temporary], base: (Register, Register)) -> Instruction {
-        let mut out = *i;
-        for n in 0..i.op_count() {
-            match i.op_kind(n) {
-                OpKind::Memory => {
-                    out.set_memory_base(base.0);
-                    out.set_memory_index(base.1);
-                    out.set_memory_index_scale(1);
-                    out.set_memory_displacement64(0);
-                    out.set_memory_displ_size(0);
-                    out.set_segment_prefix(Register::None);
-                }
-                OpKind::Register if i.op_register(n).is_gpr() && !is_high(i.op_register(n)) => {
-                    let r = i.op_register(n);
-                    let guest = number(r);
-                    let host = match temporaries.iter().find(|t| t.guest == guest) {
-                        Some(t) => t.host,
-                        None => match seat(guest) {
-                            Seat::Host(h) => h,
-                            Seat::Frame(_) => guest,
-                        },
-                    };
-                    out.set_op_register(n, register(host, r.size()));
-                }
-                _ => {}
-            }
-        }
-        out
     }
 
     fn encode(&mut self, i: &Instruction) {
@@ -328,14 +312,13 @@ impl Builder<'_, '_> {
     pub fn stack(&mut self, i: &Instruction) {
         match (i.mnemonic(), i.op0_kind()) {
             (Mnemonic::Push, OpKind::Register) => {
-                let guest = number(i.op0_register());
-                self.push_place();
-                match seat(guest) {
-                    Seat::Host(r) => self.store_word(sum(reg::T, reg::U), r),
+                let to = self.push_place();
+                match seat(number(i.op0_register())) {
+                    Seat::Host(r) => self.store_word(to, r),
                     Seat::Frame(slot) => {
-                        self.a.lea(true, reg::T, sum(reg::T, reg::U));
-                        self.a.load(reg::U, frame(slot));
-                        self.store_word(based(reg::T, 0), reg::U);
+                        let (to, r) = self.temporary(to);
+                        self.a.load(r, frame(slot));
+                        self.store_word(to, r);
                     }
                 }
                 self.move_stack(-self.c.mode.word());
@@ -343,12 +326,16 @@ impl Builder<'_, '_> {
             (Mnemonic::Push, OpKind::Memory) => {
                 self.load_operand(i);
                 self.a.store(frame(at::SCRATCH2), reg::T);
-                self.push_scratch();
+                let to = self.push_place();
+                let (to, r) = self.temporary(to);
+                self.a.load(r, frame(at::SCRATCH2));
+                self.store_word(to, r);
+                self.move_stack(-self.c.mode.word());
             }
             (Mnemonic::Push, _) => {
-                self.push_place();
+                let to = self.push_place();
                 let value = i.immediate(0) as i32;
-                self.a.rm(self.c.mode.wide(), &[0xc7], 0, sum(reg::T, reg::U));
+                self.a.rm(self.c.mode.wide(), &[0xc7], 0, to);
                 self.a.raw(&value.to_le_bytes());
                 self.move_stack(-self.c.mode.word());
             }
@@ -361,11 +348,10 @@ impl Builder<'_, '_> {
                 self.assign(guest, reg::T);
             }
             _ => {
-                self.begin_access();
-                self.copy_pointer(FRAME_POINTER);
-                self.check(self.c.mode.word() as u32, false);
-                self.load_word(reg::T, sum(reg::T, reg::U));
-                self.a.lea(self.c.mode.wide(), STACK, based(FRAME_POINTER, self.c.mode.word()));
+                let word = self.c.mode.word();
+                let from = self.access(word as u32, false, Some((5, 0)), |b| b.copy_pointer(FRAME_POINTER));
+                self.load_word(reg::T, from);
+                self.a.lea(self.c.mode.wide(), STACK, based(FRAME_POINTER, word));
                 self.assign(5, reg::T);
             }
         }
@@ -379,11 +365,12 @@ impl Builder<'_, '_> {
         }
     }
 
-    fn store_word(&mut self, mem: crate::asm::Mem, r: u8) {
+    /// MOV [mem], r of a word.
+    pub fn store_word(&mut self, mem: Mem, r: u8) {
         self.a.rm(self.c.mode.wide(), &[0x89], r, mem);
     }
 
-    fn load_word(&mut self, r: u8, mem: crate::asm::Mem) {
+    fn load_word(&mut self, r: u8, mem: Mem) {
         self.a.rm(self.c.mode.wide(), &[0x8b], r, mem);
     }
 
@@ -392,29 +379,18 @@ impl Builder<'_, '_> {
         self.a.lea(self.c.mode.wide(), STACK, based(STACK, by));
     }
 
-    /// Where a pushed word goes: RDI and RSI.
-    pub fn push_place(&mut self) {
+    /// Where a pushed word goes.
+    pub fn push_place(&mut self) -> Mem {
         let word = self.c.mode.word();
-        self.begin_access();
-        self.a.lea(self.c.mode.wide(), reg::T, based(STACK, -word));
-        self.check(word as u32, true);
-    }
-
-    /// Pushes what is in the frame's second scratch field.
-    fn push_scratch(&mut self) {
-        self.push_place();
-        self.a.lea(true, reg::T, sum(reg::T, reg::U));
-        self.a.load(reg::U, frame(at::SCRATCH2));
-        self.store_word(based(reg::T, 0), reg::U);
-        self.move_stack(-self.c.mode.word());
+        self.access(word as u32, true, Some((4, -word)), |b| {
+            b.a.lea(b.c.mode.wide(), reg::T, based(STACK, -word));
+        })
     }
 
     /// The word on top of the stack to RDI.
     pub fn pop_to_t(&mut self) {
-        self.begin_access();
-        self.copy_pointer(STACK);
-        self.check(self.c.mode.word() as u32, false);
-        self.load_word(reg::T, sum(reg::T, reg::U));
+        let from = self.access(self.c.mode.word() as u32, false, Some((4, 0)), |b| b.copy_pointer(STACK));
+        self.load_word(reg::T, from);
     }
 
     /// The word that is the first operand, in a register or in memory, to RDI.
@@ -426,9 +402,41 @@ impl Builder<'_, '_> {
             }
             return;
         }
-        self.begin_access();
-        self.address(i, true);
-        self.check(self.c.mode.word() as u32, false);
-        self.load_word(reg::T, sum(reg::T, reg::U));
+        let word = self.c.mode.word() as u32;
+        let from = self.access(word, false, self.at_register(i), |b| b.address(i, true));
+        self.load_word(reg::T, from);
     }
+}
+
+/// The instruction with its operands where they are.
+fn reseat(i: &Instruction, temporaries: &[Temporary], operand: Option<Mem>) -> Instruction {
+    let mut out = *i;
+    for n in 0..i.op_count() {
+        match i.op_kind(n) {
+            OpKind::Memory => {
+                let mem = operand.unwrap_or(based(reg::T, 0));
+                let name = |r: Option<u8>| r.map_or(Register::None, |r| register(r, 8));
+                out.set_memory_base(name(mem.base));
+                out.set_memory_index(name(mem.index.map(|x| x.0)));
+                out.set_memory_index_scale(1);
+                out.set_memory_displacement64(i64::from(mem.disp) as u64);
+                out.set_memory_displ_size(u32::from(mem.disp != 0));
+                out.set_segment_prefix(Register::None);
+            }
+            OpKind::Register if i.op_register(n).is_gpr() && !is_high(i.op_register(n)) => {
+                let r = i.op_register(n);
+                let guest = number(r);
+                let host = match temporaries.iter().find(|t| t.guest == guest) {
+                    Some(t) => t.host,
+                    None => match seat(guest) {
+                        Seat::Host(h) => h,
+                        Seat::Frame(_) => guest,
+                    },
+                };
+                out.set_op_register(n, register(host, r.size()));
+            }
+            _ => {}
+        }
+    }
+    out
 }
