@@ -64,7 +64,6 @@ pub fn class(i: &Instruction) -> Option<Class> {
 #[rustfmt::skip]
 fn integer(i: &Instruction) -> bool {
     use Mnemonic::*;
-    let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
     match i.mnemonic() {
         Mov | Movzx | Movsx | Movsxd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Inc | Dec | Neg | Not
         | Mul | Imul | Div | Idiv | Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd | Bswap | Xchg | Xadd
@@ -75,9 +74,17 @@ fn integer(i: &Instruction) -> bool {
         | Sets | Setns | Cmova | Cmovae | Cmovb | Cmovbe | Cmove | Cmovne | Cmovg | Cmovge | Cmovl | Cmovle | Cmovo
         | Cmovno | Cmovp | Cmovnp | Cmovs | Cmovns => true,
         // With a register as the bit's number the operand in memory may lie far from its address.
-        Bt | Bts | Btr | Btc => !(memory && i.op1_kind() == OpKind::Register),
+        Bt | Bts | Btr | Btc => !is_bit_string(i),
         _ => false,
     }
+}
+
+/// Whether the instruction works on a bit string in memory, the bit's number being in a register.
+pub fn is_bit_string(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(i.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
+        && i.op0_kind() == OpKind::Memory
+        && i.op1_kind() == OpKind::Register
 }
 
 fn vector(i: &Instruction, vectors: bool) -> bool {

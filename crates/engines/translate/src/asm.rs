@@ -230,6 +230,24 @@ impl Asm {
         self.rr(false, &[0x03], to, from);
     }
 
+    /// AND dword [mem], imm.
+    pub fn and_mem(&mut self, mem: Mem, value: u32) {
+        self.rm(false, &[0x81], 4, mem);
+        self.imm32(value as i32);
+    }
+
+    /// OR dword [mem], imm.
+    pub fn or_mem(&mut self, mem: Mem, value: u32) {
+        self.rm(false, &[0x81], 1, mem);
+        self.imm32(value as i32);
+    }
+
+    /// CMP qword [mem], imm8.
+    pub fn cmp_imm64(&mut self, mem: Mem, value: i8) {
+        self.rm(true, &[0x83], 7, mem);
+        self.code.push(value as u8);
+    }
+
     /// CMP r64, [mem].
     pub fn cmp(&mut self, reg: u8, mem: Mem) {
         self.rm(true, &[0x3b], reg, mem);
@@ -244,6 +262,11 @@ impl Asm {
     /// MOVZX r32, r16.
     pub fn zero_extend16(&mut self, to: u8, from: u8) {
         self.rr(false, &[0x0f, 0xb7], to, from);
+    }
+
+    /// MOVSXD r64, r32.
+    pub fn sign_extend32(&mut self, to: u8, from: u8) {
+        self.rr(true, &[0x63], to, from);
     }
 
     /// LAHF; SETO AL.

@@ -292,8 +292,14 @@ impl<'a, 'p> Builder<'a, 'p> {
         if decode::is_skipped(i) || self.is_control(i) || self.is_stack(i) {
             return false;
         }
+        if self.is_system(i) {
+            return false;
+        }
         if self.segment_is_special(i) || self.address_is_special(i) {
             return true;
+        }
+        if self.is_bit_string(i) {
+            return false;
         }
         if i.mnemonic() == Mnemonic::Lea {
             return false;
@@ -322,7 +328,11 @@ impl<'a, 'p> Builder<'a, 'p> {
         if self.is_control(i) {
             return self.control(i);
         }
-        if self.is_stack(i) {
+        if self.is_system(i) {
+            self.system(i);
+        } else if self.is_bit_string(i) {
+            self.bit_string(i);
+        } else if self.is_stack(i) {
             self.stack(i);
         } else if i.mnemonic() == Mnemonic::Lea {
             self.load_address(i);
@@ -334,14 +344,19 @@ impl<'a, 'p> Builder<'a, 'p> {
 
     fn helper(&mut self, i: &Instruction) -> bool {
         self.flags_to_memory();
-        let op = self.ops.len() as u32;
-        self.ops.push(self.c.vcpu.compile(self.page.bytes(i)));
+        let op = self.op(i);
         self.leave(Kind::Helper { op }, i.ip() as u16);
         let site = self.sites.len() - 1;
         self.sites[site].host = self.a.address();
         self.flags = Flags::Memory;
         self.owner = None;
         i.flow_control() == FlowControl::Next
+    }
+
+    /// Keeps an instruction for the reference engine: its number.
+    pub fn op(&mut self, i: &Instruction) -> u32 {
+        self.ops.push(self.c.vcpu.compile(self.page.bytes(i)));
+        self.ops.len() as u32 - 1
     }
 
     /// Notes what begins here.

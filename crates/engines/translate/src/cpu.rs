@@ -249,9 +249,19 @@ impl Cpu {
     fn enter(&mut self, host: u64) {
         let core = self.vcpu.core();
         let (fs, gs) = (core.r[usize::from(slot::FS)], core.r[usize::from(slot::GS)]);
+        let smap = core.s.cr4 & cr4::SMAP != 0;
+        let waits = core.local.pending() & !core.poll & apic::INTERRUPT != 0;
         let table = self.spaces.table(core.bank / ENTRIES).base();
-        self.frame.set(at::FS, fs);
-        self.frame.set(at::GS, gs);
+        let f = &self.frame;
+        f.set(at::FS, fs);
+        f.set(at::GS, gs);
+        f.set(at::KERNEL_GS, core.s.msrs.kernel_gs_base);
+        f.set32(at::RFLAGS, core.rflags as u32);
+        f.set32(at::SYSTEM, u32::from(core.cpl == 0));
+        f.set32(at::WAITING, u32::from(waits));
+        f.set(at::TABLE_AC, self.spaces.table(Tlb::SYSTEM_AC / ENTRIES).base());
+        let plain = if smap { Tlb::SYSTEM } else { Tlb::SYSTEM_AC };
+        f.set(at::TABLE, self.spaces.table(plain / ENTRIES).base());
         if self.gs != table {
             self.host.set_gs_base(table);
             self.gs = table;
@@ -260,6 +270,23 @@ impl Cpu {
         // SAFETY: `host` is the start of a block, where a site goes on, or where an access is tried again, all in code that
         // has not been flushed since; pointers were set in `run`, and the table's entries all come from `fill`.
         unsafe { self.cache.stubs.enter(&self.frame, host) };
+        self.system_state();
+    }
+
+    /// Takes over what translated code did to the system's state.
+    fn system_state(&mut self) {
+        let (rflags, gs, kernel) =
+            (self.frame.get32(at::RFLAGS), self.frame.get(at::GS), self.frame.get(at::KERNEL_GS));
+        let core = self.vcpu.core();
+        if rflags != core.rflags as u32 {
+            core.rflags = rflags.into();
+            core.flags_changed();
+            self.gs = self.spaces.table(core.bank / ENTRIES).base();
+        }
+        if gs != core.r[usize::from(slot::GS)] {
+            core.set_base(index::GS, gs);
+            core.s.msrs.kernel_gs_base = kernel;
+        }
     }
 
     /// The status flags from the frame.

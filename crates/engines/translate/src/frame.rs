@@ -1,8 +1,8 @@
 //! What translated code has at hand while it runs: the vCPU's frame.
 //!
 //! RSP points into the frame all the while: it is the frame's address, and its low 16 bits are the control word with which
-//! BEXTR takes the page number out of a linear address (start 12, length 36). So the frame lies at such an address. There
-//! is no stack below: translated code neither pushes nor calls, and signals are taken on another stack.
+//! BEXTR takes the page number out of a linear address (start 12, length 36). So the frame lies at such an address. Below
+//! it is room for one word that is pushed, and no stack: signals are taken on another.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ pub mod at {
     /// The same, as it was when translated code was entered.
     pub const OWN_SALT: i32 = 172;
     /// Addends of groups of accesses: this one and those below it.
-    pub const GROUPS: i32 = -12;
+    pub const GROUPS: i32 = -20;
     /// For a rewritten instruction's own use.
     pub const SCRATCH: i32 = 44;
     /// FS base.
@@ -37,8 +37,8 @@ pub mod at {
     pub const SITE: i32 = 72;
     /// Not 0: leave at the next backward jump.
     pub const POLL: i32 = 76;
-    /// Why translated code was left: a [`super::reason`].
-    pub const REASON: i32 = 80;
+    /// Not 0: an interrupt waits for IF. Beside [`POLL`], so that both can be looked at at once.
+    pub const WAITING: i32 = 80;
     /// RDI when translated code was left: a linear address.
     pub const LINEAR: i32 = 84;
     /// The host's stack pointer.
@@ -61,6 +61,18 @@ pub mod at {
     pub const FAULT_FLAGS: i32 = 148;
     /// See [`FAULT_PC`]: the signal.
     pub const FAULT_SIGNAL: i32 = 156;
+    /// Why translated code was left: a [`super::reason`].
+    pub const REASON: i32 = 180;
+    /// Low half of RFLAGS without the status flags.
+    pub const RFLAGS: i32 = 184;
+    /// Not 0: the privilege level is 0.
+    pub const SYSTEM: i32 = 188;
+    /// IA32_KERNEL_GS_BASE.
+    pub const KERNEL_GS: i32 = 196;
+    /// Linear page tables for supervisor accesses, without and with access to user pages.
+    pub const TABLE: i32 = 204;
+    /// See [`TABLE`].
+    pub const TABLE_AC: i32 = 212;
     /// The table of jumps: entries of 16 bytes, salted linear address and host address.
     pub const JUMPS: i32 = 0x1004;
 }

@@ -28,6 +28,7 @@ mod seats;
 mod signal;
 mod space;
 mod stubs;
+mod system;
 
 pub use cpu::Cpu;
 

@@ -7,6 +7,7 @@
 
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
+use crate::allowed::is_bit_string;
 use crate::block::Mode;
 use crate::decode::is_skipped;
 use crate::frame::at;
@@ -81,7 +82,8 @@ impl Plan {
         let mut open: [Option<(usize, i64)>; 16] = [None; 16];
         for (n, i) in instructions.iter().enumerate() {
             let mut members = [None; 2];
-            if helper(i) {
+            // The override of SMAP chooses another table.
+            if helper(i) || matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac) {
                 open = [None; 16];
                 plan.members.push(members);
                 continue;
@@ -151,10 +153,13 @@ fn accesses(i: &Instruction, mode: Mode, word: i64) -> [Option<Base>; 2] {
     match i.mnemonic() {
         Mnemonic::Push if i.op0_kind() == OpKind::Memory => [operand(i, mode), off(RSP, -word, word)],
         Mnemonic::Call if i.op0_kind() == OpKind::Memory => [operand(i, mode), off(RSP, -word, word)],
-        Mnemonic::Push | Mnemonic::Call => [off(RSP, -word, word), None],
+        Mnemonic::Push | Mnemonic::Pushfq | Mnemonic::Pushfd | Mnemonic::Call => {
+            [off(RSP, -word, word), None]
+        }
         Mnemonic::Pop | Mnemonic::Ret => [off(RSP, 0, word), None],
         Mnemonic::Leave => [off(RBP, 0, word), None],
         Mnemonic::Lea => [None; 2],
+        _ if is_bit_string(i) => [None; 2],
         _ => [operand(i, mode), None],
     }
 }
@@ -203,7 +208,7 @@ fn constant(i: &Instruction, mode: Mode, word: i64) -> Option<(u8, i64)> {
     let whole =
         || i.op0_kind() == OpKind::Register && if mode.wide() { to.is_gpr64() } else { to.is_gpr32() };
     match i.mnemonic() {
-        Mnemonic::Push | Mnemonic::Call => Some((4, -word)),
+        Mnemonic::Push | Mnemonic::Pushfq | Mnemonic::Pushfd | Mnemonic::Call => Some((4, -word)),
         Mnemonic::Pop => Some((4, word)),
         Mnemonic::Add | Mnemonic::Sub if whole() => {
             let value = match i.op1_kind() {

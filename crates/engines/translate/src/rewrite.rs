@@ -326,11 +326,7 @@ impl Builder<'_, '_> {
             (Mnemonic::Push, OpKind::Memory) => {
                 self.load_operand(i);
                 self.a.store(frame(at::SCRATCH2), reg::T);
-                let to = self.push_place();
-                let (to, r) = self.temporary(to);
-                self.a.load(r, frame(at::SCRATCH2));
-                self.store_word(to, r);
-                self.move_stack(-self.c.mode.word());
+                self.push_scratch();
             }
             (Mnemonic::Push, _) => {
                 let to = self.push_place();
@@ -355,6 +351,54 @@ impl Builder<'_, '_> {
                 self.assign(5, reg::T);
             }
         }
+    }
+
+    /// Pushes what is in the frame's second scratch field.
+    pub fn push_scratch(&mut self) {
+        let to = self.push_place();
+        let (to, r) = self.temporary(to);
+        self.a.load(r, frame(at::SCRATCH2));
+        self.store_word(to, r);
+        self.move_stack(-self.c.mode.word());
+    }
+
+    /// Whether the instruction works on a bit whose number is in a register, of a bit string in memory.
+    pub fn is_bit_string(&self, i: &Instruction) -> bool {
+        allowed::is_bit_string(i)
+            && matches!(i.op1_register().size(), 4 | 8)
+            && matches!(seat(number(i.op1_register())), Seat::Host(_))
+    }
+
+    /// BT, BTS, BTR, BTC of a bit string: first to the word that the bit is in.
+    pub fn bit_string(&mut self, i: &Instruction) {
+        let size = i.op1_register().size();
+        let wide = self.c.mode.wide();
+        let Seat::Host(bit) = seat(number(i.op1_register())) else { return };
+        let operand = self.access(size as u32, i.mnemonic() != Mnemonic::Bt, None, |b| {
+            b.address(i, true);
+            if size == 8 {
+                b.a.mov(reg::U, bit);
+                b.a.raw(&[0x48, 0xc1, 0xfe, 6]); // SAR RSI, 6
+            } else {
+                b.a.sign_extend32(reg::U, bit);
+                b.a.raw(&[0x48, 0xc1, 0xfe, 5]);
+            }
+            let scale = size.trailing_zeros() as u8;
+            b.a.lea(wide, reg::T, Mem { base: Some(reg::T), index: Some((reg::U, scale)), disp: 0 });
+        });
+        self.a.lea(true, reg::U, operand);
+        self.owner = None;
+        self.a.mov32(reg::T, bit);
+        self.a.and_imm32(reg::T, size as u32 * 8 - 1);
+        self.flags_lost();
+        if self.live_after & !decode::writes(i) != 0 {
+            self.flags_to_host();
+        }
+        let mut out = reseat(i, &[], Some(based(reg::U, 0)));
+        out.set_op1_register(register(reg::T, size));
+        self.mark_op();
+        self.encode(&out);
+        self.flags_written(i);
     }
 
     fn copy_pointer(&mut self, from: u8) {
