@@ -150,6 +150,8 @@ pub struct Context<'a> {
     pub vcpu: &'a interpret::Cpu,
     /// The host address of a block of the same page, if it is there.
     pub find: &'a dyn Fn(u16) -> Option<u64>,
+    /// The block is one instruction, which reaches into the next page: it is linked to nothing.
+    pub alone: bool,
     /// Number of the block.
     pub block: u32,
     /// Number of its first site.
@@ -227,8 +229,15 @@ impl<'a, 'p> Builder<'a, 'p> {
         if open {
             b.live = STATUS;
             let end = instructions.last().map_or(start.into(), Instruction::next_ip);
-            if whole || end >= 0x1000 {
-                b.edge(end, false);
+            let reaches = !b.c.alone && end > 0x1000 - decode::LONGEST && end != u64::from(start);
+            if whole || end >= 0x1000 || reaches {
+                // What reaches into the next page is looked up like what lies there.
+                if reaches {
+                    b.flags_to_memory();
+                    b.jump_by(end as i32);
+                } else {
+                    b.edge(end, false);
+                }
             } else {
                 // An instruction that reaches into the next page, or is none.
                 b.guest = end as u16;
@@ -250,7 +259,8 @@ impl<'a, 'p> Builder<'a, 'p> {
     fn decode(&mut self) -> (Vec<Instruction>, bool) {
         let mut out = Vec::with_capacity(16);
         let mut at = u64::from(self.start);
-        while out.len() < LENGTH {
+        let most = if self.c.alone { 1 } else { LENGTH };
+        while out.len() < most {
             let next = u16::try_from(at).ok().and_then(|a| self.page.decode(a));
             let Some(i) = next.filter(|i| !i.is_invalid()) else { return (out, at >= 0x1000) };
             at = i.next_ip();
@@ -267,7 +277,9 @@ impl<'a, 'p> Builder<'a, 'p> {
         let mut live = vec![STATUS; instructions.len() + 1];
         for (n, i) in instructions.iter().enumerate().rev() {
             let mut after = live[n + 1];
-            if decode::is_near(i) && matches!(i.mnemonic(), Mnemonic::Jmp) {
+            if self.c.alone {
+                after = STATUS;
+            } else if decode::is_near(i) && matches!(i.mnemonic(), Mnemonic::Jmp) {
                 after = self.page.live_at(self.target(i));
             } else if i.flow_control() == FlowControl::ConditionalBranch {
                 after |= self.page.live_at(self.target(i));

@@ -38,6 +38,14 @@ struct PageCode {
     jumps: Vec<u16>,
 }
 
+/// An instruction that reaches into the next page.
+struct Straddler {
+    host: u64,
+    /// Offset of the second page, and both pages' generations.
+    next: u64,
+    generations: (u32, u32),
+}
+
 /// Counters.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
@@ -63,6 +71,7 @@ pub struct Cache {
     sites: Vec<Site>,
     pages: Vec<PageCode>,
     index: HashMap<(u64, Mode), u32>,
+    straddlers: HashMap<(u64, Mode), Straddler>,
     changes: u64,
     /// What happened.
     pub count: Counters,
@@ -88,6 +97,7 @@ impl Cache {
             sites: Vec::new(),
             pages: Vec::new(),
             index: HashMap::new(),
+            straddlers: HashMap::new(),
             changes: 0,
             count: Counters::default(),
         })
@@ -149,7 +159,7 @@ impl Cache {
         for n in 0..self.pages.len() {
             let page = &self.pages[n];
             let generation = memory.code().generation(page.offset);
-            if generation != page.generation && !page.entries.is_empty() {
+            if generation != page.generation && !(page.entries.is_empty() && page.jumps.is_empty()) {
                 self.drop_page(n, frame);
                 any = true;
             }
@@ -171,6 +181,7 @@ impl Cache {
         self.sites.clear();
         self.pages.clear();
         self.index.clear();
+        self.straddlers.clear();
         frame.clear_jumps();
         self.buffer.truncate(self.keep);
         self.count.flushes += 1;
@@ -192,6 +203,9 @@ impl Cache {
     }
 
     /// The host address of the block at `offset` in guest memory, translated now if need be.
+    ///
+    /// # Errors
+    /// There is no room even in an empty cache.
     pub fn find(
         &mut self,
         vcpu: &mut interpret::Cpu,
@@ -199,15 +213,56 @@ impl Cache {
         offset: u64,
         mode: Mode,
     ) -> Result<u64, Error> {
-        let core = vcpu.core();
-        let (memory, cpuid, options) = (core.memory.clone(), core.cpuid.clone(), interpret::options(core));
-        let memory = &memory;
-        let (at, start) = (offset & !0xfff, (offset & 0xfff) as u16);
-        let mut n = self.page(memory, at, mode, frame);
+        let memory = vcpu.core().memory.clone();
+        let n = self.page(&memory, offset & !0xfff, mode, frame);
+        let start = (offset & 0xfff) as u16;
         if let Some(&host) = self.pages[n as usize].entries.get(&start) {
             return Ok(host);
         }
+        let (n, output) = self.build(vcpu, frame, offset, None, mode)?;
+        let host = self.keep(n, output);
+        self.pages[n as usize].entries.insert(start, host);
+        Ok(host)
+    }
+
+    /// The host address of the one instruction at `offset`, which reaches into the page at `next`.
+    ///
+    /// # Errors
+    /// There is no room even in an empty cache.
+    pub fn straddler(
+        &mut self,
+        vcpu: &mut interpret::Cpu,
+        frame: &Frame,
+        (offset, next): (u64, u64),
+        mode: Mode,
+    ) -> Result<u64, Error> {
+        let memory = vcpu.core().memory.clone();
+        let generations = (memory.code().generation(offset), memory.code().generation(next));
+        if let Some(s) = self.straddlers.get(&(offset, mode))
+            && (s.next, s.generations) == (next, generations)
+        {
+            return Ok(s.host);
+        }
+        let (n, output) = self.build(vcpu, frame, offset, Some(next), mode)?;
+        let host = self.keep(n, output);
+        self.straddlers.insert((offset, mode), Straddler { host, next, generations });
+        // The second page must be looked after too.
+        self.page(&memory, next & !0xfff, mode, frame);
+        Ok(host)
+    }
+
+    fn build(
+        &mut self,
+        vcpu: &mut interpret::Cpu,
+        frame: &Frame,
+        offset: u64,
+        next: Option<u64>,
+        mode: Mode,
+    ) -> Result<(u32, Output), Error> {
+        let core = vcpu.core();
+        let (memory, cpuid, options) = (core.memory.clone(), core.cpuid.clone(), interpret::options(core));
         for _ in 0..2 {
+            let n = self.page(&memory, offset & !0xfff, mode, frame);
             let entries = &self.pages[n as usize].entries;
             let context = Context {
                 host: self.host,
@@ -216,21 +271,21 @@ impl Cache {
                 mode,
                 vcpu,
                 find: &|at| entries.get(&at).copied(),
+                alone: next.is_some(),
                 block: self.blocks.len() as u32,
                 first_site: self.sites.len(),
             };
-            let page = Page::new(memory, at, mode.bits(), options);
-            let output = Builder::build(context, page, start, self.buffer.next());
+            let page = Page::new(&memory, offset, next, mode.bits(), options);
+            let output = Builder::build(context, page, (offset & 0xfff) as u16, self.buffer.next());
             if self.buffer.fits(output.code.len()) && self.sites.len() + output.sites.len() <= SITES {
-                return Ok(self.keep(n, start, output));
+                return Ok((n, output));
             }
             self.flush(frame);
-            n = self.page(memory, at, mode, frame);
         }
         Err(Error::Space)
     }
 
-    fn keep(&mut self, page: u32, start: u16, output: Output) -> u64 {
+    fn keep(&mut self, page: u32, output: Output) -> u64 {
         let host = self.buffer.next();
         self.buffer.push(&output.code);
         self.count.blocks += 1;
@@ -243,7 +298,6 @@ impl Cache {
             ops: output.ops.into(),
         });
         self.sites.extend(output.sites);
-        self.pages[page as usize].entries.insert(start, host);
         host
     }
 

@@ -127,7 +127,7 @@ impl Builder<'_, '_> {
         let target = self.target(i);
         let back = target <= i.ip();
         self.flags_to_host();
-        if target >= 0x1000 {
+        if self.is_elsewhere(target) {
             self.flags_to_memory();
             let from = self.a.jump_if(condition);
             self.cold.push(Cold::Jump { from, delta: target as i32, guest: self.guest });
@@ -148,10 +148,15 @@ impl Builder<'_, '_> {
         }
     }
 
+    /// Whether a target is not in this page whole, so that it is looked up.
+    fn is_elsewhere(&mut self, target: u64) -> bool {
+        target >= 0x1000 || self.c.alone || self.page.decode(target as u16).is_none()
+    }
+
     /// LOOP, LOOPE, LOOPNE, JCXZ: the host's own, over a jump.
     fn count(&mut self, i: &Instruction) {
         let target = self.target(i);
-        let live = if target >= 0x1000 { decode::STATUS } else { self.page.live_at(target) };
+        let live = if self.is_elsewhere(target) { decode::STATUS } else { self.page.live_at(target) };
         if decode::reads(i) != 0 {
             self.flags_to_host();
         }
@@ -178,7 +183,7 @@ impl Builder<'_, '_> {
 
     /// Goes on at `target`, from the start of the page; `poll` if that could close a loop.
     pub fn edge(&mut self, target: u64, poll: bool) {
-        if target >= 0x1000 {
+        if self.is_elsewhere(target) {
             self.flags_to_memory();
             return self.jump_by(target as i32);
         }

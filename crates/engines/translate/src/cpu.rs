@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use iced_x86::{Decoder, InstructionInfoFactory, OpAccess, Register};
+use iced_x86::{Decoder, DecoderError, InstructionInfoFactory, OpAccess, Register};
 use interpret::Shutdown;
 use interpret::flags::Lazy;
 use interpret::op::{Flow, slot};
@@ -18,6 +18,7 @@ use x86::segment::{attr, index};
 use crate::Error;
 use crate::block::{Kind, Mode, Site};
 use crate::cache::Cache;
+use crate::decode;
 use crate::frame::{Frame, NO_SALT, at, reason};
 use crate::host::Host;
 use crate::lpt::Lpt;
@@ -186,11 +187,45 @@ impl Cpu {
             return Ok(Some(host));
         }
         let Some(offset) = self.vcpu.core().fetch(linear)? else { return Ok(None) };
+        if linear & 0xfff > 0x1000 - decode::LONGEST && self.straddles(offset, linear & 0xfff, mode) {
+            return self.look_straddler(linear, offset, mode, tag);
+        }
         let Some(host) = self.find(offset, mode) else { return Ok(None) };
         self.cache.enter_jump(&self.frame, offset, mode, tag, host);
         let core = self.vcpu.core();
         let user = core.cpl == 3;
         self.spaces.entered(linear, user, core.tlb.is_global(user, linear));
+        Ok(Some(host))
+    }
+
+    /// Whether the instruction at `offset` in guest memory reaches into the next page, by its first bytes.
+    fn straddles(&mut self, offset: u64, at: u64, mode: Mode) -> bool {
+        let mut bytes = [0; decode::LONGEST as usize];
+        let bytes = &mut bytes[..(0x1000 - at) as usize];
+        self.memory.read(offset, bytes);
+        let mut decoder = Decoder::new(mode.bits(), bytes, interpret::options(self.vcpu.core()));
+        decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
+    }
+
+    fn look_straddler(
+        &mut self,
+        linear: u64,
+        offset: u64,
+        mode: Mode,
+        tag: u64,
+    ) -> interpret::op::Result<Option<u64>> {
+        let second = (linear | 0xfff).wrapping_add(1);
+        let core = self.vcpu.core();
+        // A fault of the second page's is raised by whoever executes the instruction.
+        let Ok(Some(next)) = core.fetch(second) else { return Ok(None) };
+        let user = core.cpl == 3;
+        let global = core.tlb.is_global(user, linear) && core.tlb.is_global(user, second);
+        let found = self.cache.straddler(&mut self.vcpu, &self.frame, (offset, next), mode);
+        let Ok(host) = found else { return Ok(None) };
+        self.cache.enter_jump(&self.frame, offset, mode, tag, host);
+        self.cache.enter_jump(&self.frame, next, mode, tag, host);
+        self.spaces.entered(linear, user, global);
+        self.spaces.entered(second, user, global);
         Ok(Some(host))
     }
 

@@ -20,36 +20,44 @@ pub struct Page<'a> {
     memory: &'a Memory,
     /// Offset of the page in guest memory.
     offset: u64,
+    /// Offset of the page that follows it in the linear address space, if an instruction may reach into that.
+    next: Option<u64>,
     bits: u32,
     options: u32,
-    bytes: Box<[u8; PAGE as usize]>,
+    bytes: Box<[u8; PAGE as usize + 64]>,
     /// A bit for each 64-byte line that was read.
-    lines: u64,
+    lines: u128,
 }
 
 impl<'a> Page<'a> {
-    /// The page of guest memory at `offset`, not yet looked at.
-    pub fn new(memory: &'a Memory, offset: u64, bits: u32, options: u32) -> Self {
+    /// The page of guest memory at `offset`, not yet looked at. With `next`, the page after it, an instruction may reach
+    /// into that.
+    pub fn new(memory: &'a Memory, offset: u64, next: Option<u64>, bits: u32, options: u32) -> Self {
         Self {
             memory,
             offset: offset & !(PAGE - 1),
+            next: next.map(|n| n & !(PAGE - 1)),
             bits,
             options,
-            bytes: Box::new([0; PAGE as usize]),
+            bytes: Box::new([0; PAGE as usize + 64]),
             lines: 0,
         }
     }
 
     fn look(&mut self, from: u16, to: u64) {
         let (first, last) = (u64::from(from) / 64, (to - 1) / 64);
-        for line in first..=last.min(63) {
+        for line in first..=last.min(64) {
             if self.lines >> line & 1 == 0 {
                 self.lines |= 1 << line;
                 let at = line * 64;
+                let offset = match self.next {
+                    Some(next) if at >= PAGE => next,
+                    _ => self.offset + at,
+                };
                 // Marked before it is read: see `memory::code`.
-                self.memory.code().mark(self.offset + at, 64);
+                self.memory.code().mark(offset, 64);
                 for n in (0..64).step_by(8) {
-                    let word: u64 = self.memory.load(self.offset + at + n);
+                    let word: u64 = self.memory.load(offset + n);
                     let to = (at + n) as usize;
                     self.bytes[to..to + 8].copy_from_slice(&word.to_le_bytes());
                 }
@@ -57,10 +65,15 @@ impl<'a> Page<'a> {
         }
     }
 
-    /// The instruction at `at`, with that as its IP. `None` if it does not lie in this page whole.
+    /// Where the bytes end that can be looked at.
+    fn end(&self) -> u64 {
+        if self.next.is_some() { PAGE + LONGEST } else { PAGE }
+    }
+
+    /// The instruction at `at`, with that as its IP. `None` if it reaches beyond what can be looked at.
     pub fn decode(&mut self, at: u16) -> Option<Instruction> {
-        let end = (u64::from(at) + LONGEST).min(PAGE);
-        if u64::from(at) >= end {
+        let end = (u64::from(at) + LONGEST).min(self.end());
+        if u64::from(at) >= PAGE {
             return None;
         }
         self.look(at, end);
@@ -73,7 +86,7 @@ impl<'a> Page<'a> {
     /// The bytes of an instruction that [`Page::decode`] gave.
     pub fn bytes(&self, i: &Instruction) -> &[u8] {
         let at = (i.ip() as usize).min(PAGE as usize);
-        &self.bytes[at..(at + i.len().max(1)).min(PAGE as usize)]
+        &self.bytes[at..(at + i.len().max(1)).min(self.bytes.len())]
     }
 
     /// The status flags that are read at `at` before they are written.
