@@ -83,6 +83,8 @@ pub enum Kind {
     Link,
     /// Somebody rang.
     Poll,
+    /// The block's code has changed.
+    Stale,
 }
 
 /// A place where translated code is left.

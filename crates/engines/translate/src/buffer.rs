@@ -83,6 +83,15 @@ impl Buffer {
         }
     }
 
+    /// Overwrites code at the executable address `at`: at most 16 bytes, which every piece of code has.
+    pub fn replace(&mut self, at: u64, code: &[u8]) {
+        let offset = at.wrapping_sub(self.execute as u64) as usize;
+        if code.len() <= 16 && offset <= self.used.saturating_sub(code.len()) {
+            // SAFETY: inside the part in use. This thread alone executes the code, and is not doing so now.
+            unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(offset), code.len()) };
+        }
+    }
+
     /// Forgets all code behind the first `keep` bytes.
     pub fn truncate(&mut self, keep: usize) {
         self.used = keep.min(self.used);

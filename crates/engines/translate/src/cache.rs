@@ -9,10 +9,11 @@ use interpret::op::Op;
 use memory::Memory;
 
 use crate::Error;
-use crate::block::{Builder, Context, Mark, Mode, Output, Site};
+use crate::asm::{Asm, frame as field};
+use crate::block::{Builder, Context, Kind, Mark, Mode, Output, Site};
 use crate::buffer::Buffer;
 use crate::decode::Page;
-use crate::frame::Frame;
+use crate::frame::{Frame, at};
 use crate::host::Host;
 use crate::stubs::Stubs;
 
@@ -34,8 +35,8 @@ struct PageCode {
     generation: u32,
     /// Host addresses by offset in the page.
     entries: HashMap<u16, u64>,
-    /// Entries of the table of jumps that lead here.
-    jumps: Vec<u16>,
+    /// Instructions that reach from one page into the next, of which this is one: offset in the first, host address.
+    straddlers: Vec<(u16, u64)>,
 }
 
 /// An instruction that reaches into the next page.
@@ -149,7 +150,7 @@ impl Cache {
     }
 
     /// Throws away what was made of code that has changed since. Tells whether there was something.
-    pub fn refresh(&mut self, memory: &Memory, frame: &Frame) -> bool {
+    pub fn refresh(&mut self, memory: &Memory) -> bool {
         let changes = memory.code().changes();
         if changes == self.changes {
             return false;
@@ -159,20 +160,31 @@ impl Cache {
         for n in 0..self.pages.len() {
             let page = &self.pages[n];
             let generation = memory.code().generation(page.offset);
-            if generation != page.generation && !(page.entries.is_empty() && page.jumps.is_empty()) {
-                self.drop_page(n, frame);
+            if generation != page.generation && !(page.entries.is_empty() && page.straddlers.is_empty()) {
+                self.drop_page(n);
                 any = true;
             }
         }
         any
     }
 
-    fn drop_page(&mut self, n: usize, frame: &Frame) {
+    fn drop_page(&mut self, n: usize) {
         let page = &mut self.pages[n];
-        page.entries.clear();
-        page.jumps.drain(..).for_each(|j| frame.clear_jump(j));
         self.index.remove(&(page.offset, page.mode));
+        let mut gone = std::mem::take(&mut page.straddlers);
+        gone.extend(page.entries.drain());
+        gone.into_iter().for_each(|(guest, host)| self.retire(guest, host));
         self.count.invalidated += 1;
+    }
+
+    /// Has whoever comes to a block, by the table of jumps or by a link, leave instead.
+    fn retire(&mut self, guest: u16, host: u64) {
+        let number = self.sites.len() as u32;
+        self.sites.push(Site { kind: Kind::Stale, guest, block: 0, host });
+        let mut code = Asm::new(host);
+        code.store_imm32(field(at::SITE), number);
+        code.jump_to(self.stubs.site);
+        self.buffer.replace(host, &code.code);
     }
 
     /// Forgets everything.
@@ -188,16 +200,22 @@ impl Cache {
     }
 
     /// The page of guest memory at `offset`, by its number here.
-    fn page(&mut self, memory: &Memory, offset: u64, mode: Mode, frame: &Frame) -> u32 {
+    fn page(&mut self, memory: &Memory, offset: u64, mode: Mode) -> u32 {
         let generation = memory.code().generation(offset);
         if let Some(&n) = self.index.get(&(offset, mode)) {
             if self.pages[n as usize].generation == generation {
                 return n;
             }
-            self.drop_page(n as usize, frame);
+            self.drop_page(n as usize);
         }
         let n = self.pages.len() as u32;
-        self.pages.push(PageCode { offset, mode, generation, entries: HashMap::new(), jumps: Vec::new() });
+        self.pages.push(PageCode {
+            offset,
+            mode,
+            generation,
+            entries: HashMap::new(),
+            straddlers: Vec::new(),
+        });
         self.index.insert((offset, mode), n);
         n
     }
@@ -214,7 +232,7 @@ impl Cache {
         mode: Mode,
     ) -> Result<u64, Error> {
         let memory = vcpu.core().memory.clone();
-        let n = self.page(&memory, offset & !0xfff, mode, frame);
+        let n = self.page(&memory, offset & !0xfff, mode);
         let start = (offset & 0xfff) as u16;
         if let Some(&host) = self.pages[n as usize].entries.get(&start) {
             return Ok(host);
@@ -246,8 +264,11 @@ impl Cache {
         let (n, output) = self.build(vcpu, frame, offset, Some(next), mode)?;
         let host = self.keep(n, output);
         self.straddlers.insert((offset, mode), Straddler { host, next, generations });
-        // The second page must be looked after too.
-        self.page(&memory, next & !0xfff, mode, frame);
+        // Both pages must be looked after.
+        let second = self.page(&memory, next & !0xfff, mode);
+        for n in [n, second] {
+            self.pages[n as usize].straddlers.push(((offset & 0xfff) as u16, host));
+        }
         Ok(host)
     }
 
@@ -262,7 +283,7 @@ impl Cache {
         let core = vcpu.core();
         let (memory, cpuid, options) = (core.memory.clone(), core.cpuid.clone(), interpret::options(core));
         for _ in 0..2 {
-            let n = self.page(&memory, offset & !0xfff, mode, frame);
+            let n = self.page(&memory, offset & !0xfff, mode);
             let entries = &self.pages[n as usize].entries;
             let context = Context {
                 host: self.host,
@@ -299,20 +320,6 @@ impl Cache {
         });
         self.sites.extend(output.sites);
         host
-    }
-
-    /// Enters a jump to `offset` in guest memory, for the salted linear address `tag`.
-    pub fn enter_jump(&mut self, frame: &Frame, offset: u64, mode: Mode, tag: u64, host: u64) {
-        frame.set_jump(tag, host);
-        if let Some(&n) = self.index.get(&(offset & !0xfff, mode)) {
-            let jumps = &mut self.pages[n as usize].jumps;
-            // The same entry again and again, as contexts change, must not make the list grow.
-            if jumps.len() >= 512 {
-                jumps.sort_unstable();
-                jumps.dedup();
-            }
-            jumps.push(tag as u16);
-        }
     }
 
     /// The block in the same page as `site` at its target, and with it the link. `None` if it has to be translated first.

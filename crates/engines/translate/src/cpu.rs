@@ -149,7 +149,7 @@ impl Cpu {
         if self.vcpu.core().tlb.log.as_ref().is_some_and(|l| !l.is_empty()) {
             self.flush_tables();
         }
-        self.cache.refresh(&self.memory, &self.frame);
+        self.cache.refresh(&self.memory);
     }
 
     fn flush_tables(&mut self) {
@@ -191,7 +191,7 @@ impl Cpu {
             return self.look_straddler(linear, offset, mode, tag);
         }
         let Some(host) = self.find(offset, mode) else { return Ok(None) };
-        self.cache.enter_jump(&self.frame, offset, mode, tag, host);
+        self.frame.set_jump(tag, host);
         let core = self.vcpu.core();
         let user = core.cpl == 3;
         self.spaces.entered(linear, user, core.tlb.is_global(user, linear));
@@ -222,8 +222,7 @@ impl Cpu {
         let global = core.tlb.is_global(user, linear) && core.tlb.is_global(user, second);
         let found = self.cache.straddler(&mut self.vcpu, &self.frame, (offset, next), mode);
         let Ok(host) = found else { return Ok(None) };
-        self.cache.enter_jump(&self.frame, offset, mode, tag, host);
-        self.cache.enter_jump(&self.frame, next, mode, tag, host);
+        self.frame.set_jump(tag, host);
         self.spaces.entered(linear, user, global);
         self.spaces.entered(second, user, global);
         Ok(Some(host))
@@ -375,6 +374,12 @@ impl Cpu {
                 self.interpret()
             }
             Kind::Link => self.link(site),
+            Kind::Stale => {
+                let tag = self.linear().wrapping_add(self.frame.get(at::OWN_SALT));
+                self.frame.clear_jump(tag as u16);
+                self.flags_out();
+                Ok(Next::Look)
+            }
             Kind::Poll => {
                 self.count.polls += 1;
                 self.flags_out();
@@ -456,7 +461,7 @@ impl Cpu {
 
     fn link(&mut self, site: Site) -> Result<Next, Stop> {
         self.count.links += 1;
-        self.cache.refresh(&self.memory, &self.frame);
+        self.cache.refresh(&self.memory);
         if let Some(host) = self.cache.link(&site) {
             return Ok(Next::Host(host));
         }
