@@ -8,11 +8,14 @@ use crate::monitor::{self, Programs, Running, Setup, median};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// What to measure: `tcg` is QEMU's translator, the others are engines of Lodge's
-    #[arg(long, value_delimiter = ',', default_value = "interpret,tcg")]
+    #[arg(long, value_delimiter = ',', default_value = "tcg,translate")]
     engine: Vec<String>,
     /// How often; the median counts
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// The guest's architecture, by Debian's name: amd64 or i386
+    #[arg(long, default_value = "amd64")]
+    arch: String,
     #[command(flatten)]
     programs: Programs,
 }
@@ -29,14 +32,15 @@ struct Start {
 /// # Errors
 /// A guest does not start.
 pub fn run(args: &Args) -> Result<()> {
-    let guest = images::default_guest(&images::Options::default(), &mut images::Silent)?;
+    let guest = args.programs.guest(&args.arch)?;
     let setup = Setup {
         programs: args.programs.clone(),
         kernel: guest.kernel,
         initrd: guest.initrd,
         cmdline: guest.cmdline,
     };
-    println!("{}; {}; medians of {}", guest.description, setup.qemu_version(), args.rounds);
+    setup.introduce(&guest.description);
+    println!("medians of {}", args.rounds);
     let mut rows: Vec<(&str, Vec<Start>)> = args.engine.iter().map(|e| (e.as_str(), Vec::new())).collect();
     for _ in 0..args.rounds {
         // In turns, so that a busy moment of the machine meets all alike.

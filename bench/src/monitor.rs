@@ -29,6 +29,21 @@ pub struct Programs {
     /// Virtual processors
     #[arg(long, default_value_t = 1)]
     pub cpus: u32,
+    /// The suite that the guest's kernel is from, such as trixie, if not the host's own
+    #[arg(long)]
+    suite: Option<String>,
+}
+
+impl Programs {
+    /// The guest: the one that `lodge run` starts, of an architecture by Debian's name.
+    ///
+    /// # Errors
+    /// It cannot be fetched.
+    pub fn guest(&self, arch: &str) -> Result<images::Guest> {
+        let options =
+            images::Options { arch: arch.into(), suite: self.suite.clone(), ..images::Options::default() };
+        Ok(images::default_guest(&options, &mut images::Silent)?)
+    }
 }
 
 /// The machine that all monitors run: the same kernel, RAM disk, memory and processors.
@@ -73,11 +88,15 @@ impl Setup {
         Ok(command)
     }
 
-    /// QEMU's version.
-    pub fn qemu_version(&self) -> String {
+    /// Prints what is compared, and how busy the host is with other things, which figures suffer from.
+    pub fn introduce(&self, guest: &str) {
         let output = Command::new(&self.programs.qemu).arg("--version").output();
         let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
-        text.lines().next().unwrap_or("no QEMU").to_owned()
+        println!("guest: {guest}; {} CPUs, 512 MiB", self.programs.cpus);
+        println!("against: {}", text.lines().next().unwrap_or("no QEMU"));
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        println!("host: {cores} CPUs, load before {}", load.split(' ').next().unwrap_or("unknown"));
     }
 }
 

@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
         None => monitor::sibling("../x86_64-unknown-linux-gnu/release/work")?,
     };
     let workloads = workloads(&work, &args.only)?;
-    let guest = images::default_guest(&images::Options::default(), &mut images::Silent)?;
+    let guest = args.programs.guest("amd64")?;
     // The kernel unpacks several archives one after the other.
     let mut image = std::fs::read(&guest.initrd)?;
     let program = std::fs::read(&work).with_context(|| format!("cannot read {}", work.display()))?;
@@ -99,8 +99,8 @@ pub fn run(args: &Args) -> Result<()> {
         initrd: initrd.path().to_owned(),
         cmdline: format!("{} lodge.exec=\"work --serve\"", guest.cmdline),
     };
-    println!("{}; {}", guest.description, setup.qemu_version());
-    println!("{} CPUs, 512 MiB, size {} %, medians of {}", setup.programs.cpus, args.size, args.rounds);
+    setup.introduce(&guest.description);
+    println!("size {} %, medians of {}", args.size, args.rounds);
     let mut places: Vec<Place> = Vec::new();
     for engine in &args.engine {
         match Place::start(engine, &setup, &work) {
