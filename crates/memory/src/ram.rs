@@ -311,6 +311,35 @@ impl Memory {
         if found == old { Ok(self.0.code.stored(offset, size_of::<T>() as u64)) } else { Err(found) }
     }
 
+    /// Copies `len` bytes from one offset to another, upwards byte by byte, as the processor's MOVS does. Each range lies in
+    /// one page. Tells whether cached code changed.
+    pub fn copy(&self, from: u64, to: u64, len: u64) -> bool {
+        let end = self.0.block.len;
+        if len == 0 || len > PAGE_SIZE || from > end - len || to > end - len {
+            return false;
+        }
+        // SAFETY: both ranges are in the block, as just checked; the block is only accessed by raw pointers.
+        unsafe {
+            asm!("rep movsb", inout("rcx") len => _, inout("rsi") self.at(from) => _, inout("rdi") self.at(to) => _,
+                 options(nostack, preserves_flags));
+        }
+        self.0.code.stored(to, len)
+    }
+
+    /// Writes `value` into each of the `count` words of 8 bytes from `offset` on, which lie in one page. Tells whether cached
+    /// code changed.
+    pub fn fill(&self, offset: u64, value: u64, count: u64) -> bool {
+        if count == 0 || count > PAGE_SIZE / 8 || offset > self.0.block.len - 8 * count {
+            return false;
+        }
+        // SAFETY: the range is in the block, as just checked; the block is only accessed by raw pointers.
+        unsafe {
+            asm!("rep stosq", inout("rcx") count => _, inout("rdi") self.at(offset) => _, in("rax") value,
+                 options(nostack, preserves_flags));
+        }
+        self.0.code.stored(offset, 8 * count)
+    }
+
     /// Copies bytes out, from `offset`. What lies outside the block reads as zero.
     pub fn read(&self, offset: u64, to: &mut [u8]) {
         for (i, byte) in to.iter_mut().enumerate() {

@@ -159,6 +159,10 @@ impl Core {
 
     /// Translates for an access with the rights of `bank`, and fills the TLB.
     fn translate(&mut self, linear: u64, write: bool, bank: usize) -> Result<Target> {
+        let e = self.tlb.entry(bank, linear);
+        if (if write { e.write } else { e.read }) == linear & !0xfff {
+            return Ok(Target::Ram(e.offset | linear & 0xfff));
+        }
         self.count.tlb_misses += 1;
         let access = Access {
             write,

@@ -99,17 +99,7 @@ impl<T: Word> Body<T> for Movs {
             return 0;
         }
         let bytes = n * T::SIZE;
-        let words = bytes / 8;
-        let mut hit = false;
-        for i in 0..words {
-            let v: u64 = c.memory.load(a + 8 * i);
-            hit |= c.memory.store(b + 8 * i, v);
-        }
-        for i in words * 8..bytes {
-            let v: u8 = c.memory.load(a + i);
-            hit |= c.memory.store(b + i, v);
-        }
-        c.hit |= hit;
+        c.hit |= c.memory.copy(a, b, bytes);
         c.r[RSI] = c.r[RSI].wrapping_add(bytes);
         c.r[RDI] = c.r[RDI].wrapping_add(bytes);
         n
@@ -145,10 +135,7 @@ impl<T: Word> Body<T> for Stos {
         };
         let bytes = n * T::SIZE;
         let words = bytes / 8;
-        let mut hit = false;
-        for i in 0..words {
-            hit |= c.memory.store(b + 8 * i, wide);
-        }
+        let mut hit = c.memory.fill(b, wide, words);
         for i in words * 8 / T::SIZE..n {
             hit |= c.memory.store(b + i * T::SIZE, v);
         }

@@ -183,6 +183,8 @@ pub struct Builder<'a, 'p> {
     access: usize,
     /// The group whose addend is in RSI.
     pub owner: Option<usize>,
+    /// The site for the operand of the instruction at hand, if that crosses a page.
+    crossing: Option<usize>,
 }
 
 impl<'a, 'p> Builder<'a, 'p> {
@@ -207,6 +209,7 @@ impl<'a, 'p> Builder<'a, 'p> {
             number: 0,
             access: 0,
             owner: None,
+            crossing: None,
         };
         let (instructions, whole) = b.decode();
         let live = b.liveness(&instructions);
@@ -351,7 +354,9 @@ impl<'a, 'p> Builder<'a, 'p> {
         } else if i.mnemonic() == Mnemonic::Lea {
             self.load_address(i);
         } else {
+            self.crossing = None;
             self.copy(i);
+            self.go_on_after(i);
         }
         true
     }
@@ -365,6 +370,17 @@ impl<'a, 'p> Builder<'a, 'p> {
         self.flags = Flags::Memory;
         self.owner = None;
         i.flow_control() == FlowControl::Next
+    }
+
+    /// Lets translated code go on behind an instruction whose operand crossed a page, if nothing but its result is expected
+    /// there: the reference engine leaves the flags in memory.
+    fn go_on_after(&mut self, i: &Instruction) {
+        let Some(site) = self.crossing.take() else { return };
+        if decode::may_write(i) == 0 && decode::reads(i) == 0 && self.owner.is_none() {
+            let op = self.op(i);
+            self.sites[site].kind = Kind::Helper { op };
+            self.sites[site].host = self.a.address();
+        }
     }
 
     /// Keeps an instruction for the reference engine: its number.
@@ -543,6 +559,7 @@ impl<'a, 'p> Builder<'a, 'p> {
             let crosses = self.a.jump_if(cc::A);
             let site = self.site(Kind::Instruction, self.guest, 0);
             self.cold.push(Cold::Leave { from: vec![crosses], site });
+            self.crossing = Some(site);
             based(reg::U, 0)
         } else {
             if size > 1 {
