@@ -122,7 +122,7 @@ fn with_translator(config: &Config, machine: &Arc<Machine>, processor: Cpuid) ->
     let vcpus = (0..config.cpus)
         .filter_map(|n| Some((n, apics.local(n)?)))
         .map(|(n, local)| {
-            let cpu = translate::Cpu::new(machine.clone(), local, processor.clone(), n)?;
+            let cpu = translate::Cpu::new(machine.clone(), local, processor.clone(), n, config.cpus)?;
             Ok(Box::new(cpu) as Box<dyn Vcpu>)
         })
         .collect::<Result<_, Error>>()?;

@@ -25,6 +25,7 @@ pub struct Engine {
 pub fn engines() -> Vec<Engine> {
     let kvm = kvm::probe();
     let chosen = kvm.is_ok();
+    let translate = translate::probe();
     let kvm = match kvm {
         Ok(_) => Engine {
             name: "kvm",
@@ -40,11 +41,27 @@ pub fn engines() -> Vec<Engine> {
     let interpret = Engine {
         name: "interpret",
         usable: true,
-        chosen: !chosen,
+        chosen: !chosen && translate.is_err(),
         reason: "needs nothing of the host".into(),
         remedy: None,
     };
-    vec![kvm, interpret]
+    let translate = match translate {
+        Ok(()) => Engine {
+            name: "translate",
+            usable: true,
+            chosen: !chosen,
+            reason: "guest code is rewritten into host code".into(),
+            remedy: None,
+        },
+        Err(error) => Engine {
+            name: "translate",
+            usable: false,
+            chosen: false,
+            reason: error.to_string(),
+            remedy: Some("allow more address space (ulimit -v, vm.overcommit_memory)".into()),
+        },
+    };
+    vec![kvm, translate, interpret]
 }
 
 /// An engine that can be used here.
@@ -72,10 +89,14 @@ pub fn choose(choice: Choice) -> Result<Chosen, Error> {
         return Ok(Chosen::Interpret);
     }
     if choice == Choice::Translate {
-        return Ok(Chosen::Translate);
+        return match translate::probe() {
+            Ok(()) => Ok(Chosen::Translate),
+            Err(error) => Err(Error::Translate(error)),
+        };
     }
     match (kvm::probe(), choice) {
         (Ok(usable), _) => Ok(Chosen::Kvm { tsc_khz: usable.tsc_khz, features: usable.features }),
+        (Err(_), Choice::Auto) if translate::probe().is_ok() => Ok(Chosen::Translate),
         (Err(_), Choice::Auto) => Ok(Chosen::Interpret),
         (Err(why), _) => Err(Error::Engine { engine: "kvm", reason: why.reason, remedy: why.remedy }),
     }

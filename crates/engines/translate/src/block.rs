@@ -140,7 +140,7 @@ pub enum Cold {
     /// An access that is not aligned, which is well unless it crosses a page.
     Misaligned { from: Fixup, back: u64, size: u32, site: usize },
     /// A jump out of the page.
-    Jump { from: Fixup, delta: i32, guest: u16 },
+    Jump { from: Fixup, delta: i32, guest: u16, flags: Flags },
 }
 
 /// What the builder wants to know.
@@ -610,9 +610,10 @@ impl<'a, 'p> Builder<'a, 'p> {
                     self.a.bind(crosses);
                     self.leave_at(site);
                 }
-                Cold::Jump { from, delta, guest } => {
+                Cold::Jump { from, delta, guest, flags } => {
                     self.a.bind(from);
-                    self.guest = guest;
+                    (self.guest, self.flags) = (guest, flags);
+                    self.flags_to_memory();
                     self.jump_by(delta);
                 }
             }

@@ -128,12 +128,13 @@ impl Builder<'_, '_> {
         let back = target <= i.ip();
         self.flags_to_host();
         if self.is_elsewhere(target) {
-            self.flags_to_memory();
+            // The flags are saved where the branch is taken, which it may never be.
             let from = self.a.jump_if(condition);
-            self.cold.push(Cold::Jump { from, delta: target as i32, guest: self.guest });
+            let (delta, guest, flags) = (target as i32, self.guest, self.flags);
+            self.cold.push(Cold::Jump { from, delta, guest, flags });
             return;
         }
-        if self.page.live_at(target) != 0 {
+        if self.page.live_at(target) != 0 && !back {
             self.flags_to_memory();
         }
         if back {

@@ -26,8 +26,8 @@ use crate::seats::number;
 use crate::signal::{self, Running};
 use crate::space::Spaces;
 
-/// Bytes of translated code that a vCPU keeps at most.
-const CODE: usize = 64 << 20;
+/// Bytes of translated code that a vCPU keeps: at least, and at most.
+const CODE: (u64, u64) = (4 << 20, 64 << 20);
 /// Stores into a page that holds code, after which stores to it are no longer tried.
 const PATIENCE: u32 = 32;
 
@@ -71,7 +71,7 @@ enum Next {
 }
 
 impl Cpu {
-    /// A vCPU of `machine` after reset, with its APIC. Number 0 is the boot processor.
+    /// A vCPU of `machine` after reset, with its APIC, one of `count`. Number 0 is the boot processor.
     ///
     /// # Errors
     /// The host lacks memory or address space.
@@ -80,7 +80,12 @@ impl Cpu {
         local: Arc<apic::Local>,
         cpuid: Arc<Cpuid>,
         index: u32,
+        count: u32,
     ) -> Result<Self, Error> {
+        // What is known about code takes a little more than the code. All of it is to stay below a quarter of the guest's
+        // memory and a bit.
+        let room = (machine.memory.ram_size() / 4 + (12 << 20)) * 4 / 9 / u64::from(count.max(1));
+        let code = room.clamp(CODE.0, CODE.1) & !0xfff;
         let memory = machine.memory.clone();
         let alias = memory.alias()?;
         let alias = (alias.writable(), alias.readable(), alias.len());
@@ -96,7 +101,7 @@ impl Cpu {
             host,
             frame,
             spaces: Spaces::new()?,
-            cache: Cache::new(CODE, host)?,
+            cache: Cache::new(code as usize, host)?,
             alias,
             gs: 0,
             count: Counters::default(),

@@ -32,6 +32,16 @@ mod system;
 
 pub use cpu::Cpu;
 
+/// Whether vCPUs can be made here.
+///
+/// # Errors
+/// Why not: mostly that the host limits address space.
+pub fn probe() -> Result<(), Error> {
+    let _tables = [lpt::Lpt::new()?, lpt::Lpt::new()?, lpt::Lpt::new()?];
+    let _code = buffer::Buffer::new(1 << 20)?;
+    Ok(())
+}
+
 /// Why a vCPU could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
