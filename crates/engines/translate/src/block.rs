@@ -8,7 +8,7 @@ use crate::asm::{Asm, Fixup, Mem, based, cc, frame, reg, sum};
 use crate::decode::{self, Page, STATUS};
 use crate::frame::at;
 use crate::host::Host;
-use crate::plan::{Member, Plan};
+use crate::plan::{Member, Origin, Place, Plan};
 use crate::seats::{Seat, seat};
 use crate::stubs::Stubs;
 
@@ -459,26 +459,26 @@ impl<'a, 'p> Builder<'a, 'p> {
         }
     }
 
-    /// An access: `address` emits its linear address to RDI, `base` is the guest register and distance that it is at if it
-    /// is so. Gives the operand, which may need RSI and RDI.
+    /// An access: `address` emits its linear address to RDI, `place` is where it is if it may belong to a group. Gives the
+    /// operand, which may need RSI and RDI.
     pub fn access(
         &mut self,
         size: u32,
         write: bool,
-        base: Option<(u8, i32)>,
+        place: Option<Place>,
         address: impl FnOnce(&mut Self),
     ) -> Mem {
         let member = self.plan.member(self.number, self.access);
         self.access += 1;
-        match (member, base) {
-            (Some(member), Some((register, disp))) => {
+        match (member, place) {
+            (Some(member), Some(place)) => {
                 if member.first {
-                    self.check_group(member, register, write);
+                    self.check_group(member, place.origin, write);
                 } else if self.owner != Some(member.group) {
-                    self.a.load(reg::U, frame(Plan::slot(member.group)));
+                    self.a.load(reg::U, frame(member.slot));
                     self.owner = Some(member.group);
                 }
-                self.member(register, disp)
+                self.member(place)
             }
             _ => {
                 self.release_flags();
@@ -490,37 +490,37 @@ impl<'a, 'p> Builder<'a, 'p> {
         }
     }
 
-    /// The operand of a member of the group whose addend is in RSI.
-    fn member(&mut self, register: u8, disp: i32) -> Mem {
-        let base = match seat(register) {
+    /// Where a place is, RSI being in use: at most RDI is changed.
+    fn locate(&mut self, origin: Origin, disp: i32) -> Mem {
+        let mut host = |guest: u8| match seat(guest) {
             Seat::Host(r) => r,
             Seat::Frame(slot) => {
                 self.a.load(reg::T, frame(slot));
                 reg::T
             }
         };
-        if self.c.mode.wide() {
-            return Mem { base: Some(base), index: Some((reg::U, 0)), disp };
+        Mem { base: Some(host(origin.base)), index: origin.index.map(|(r, s)| (host(r), s)), disp }
+    }
+
+    /// The operand at a place in the group whose addend is in RSI.
+    fn member(&mut self, place: Place) -> Mem {
+        let at = self.locate(place.origin, place.disp);
+        if self.c.mode.wide() && at.index.is_none() {
+            return Mem { index: Some((reg::U, 0)), ..at };
         }
-        // The address wraps at 4 GiB before the addend is added.
-        self.a.lea(false, reg::T, based(base, disp));
+        // In 32-bit code the address wraps at 4 GiB before the addend is added.
+        self.a.lea(self.c.mode.wide(), reg::T, at);
         sum(reg::T, reg::U)
     }
 
     /// Makes sure that a group lies in one page, and gets the page's addend to RSI and the group's slot.
-    fn check_group(&mut self, member: Member, register: u8, write: bool) {
+    fn check_group(&mut self, member: Member, origin: Origin, write: bool) {
         let span = self.plan.groups[member.group].span();
         self.release_flags();
         self.mark(true);
         let retry = self.a.address();
-        let base = match seat(register) {
-            Seat::Host(r) => r,
-            Seat::Frame(slot) => {
-                self.a.load(reg::T, frame(slot));
-                reg::T
-            }
-        };
-        self.a.lea(self.c.mode.wide(), reg::T, based(base, member.start));
+        let start = self.locate(origin, member.start);
+        self.a.lea(self.c.mode.wide(), reg::T, start);
         self.look_up();
         let missing = self.a.jump_if(cc::Z);
         self.a.and_imm32(reg::T, 0xfff);
@@ -528,7 +528,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         let crosses = self.a.jump_if(cc::A);
         let site = self.site(Kind::Group { span: span as u16, write }, self.guest, retry);
         self.cold.push(Cold::Leave { from: vec![missing, crosses], site });
-        self.a.store(frame(Plan::slot(member.group)), reg::U);
+        self.a.store(frame(member.slot), reg::U);
         self.owner = Some(member.group);
         self.flags_lost();
     }

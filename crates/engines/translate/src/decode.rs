@@ -9,7 +9,7 @@ use memory::Memory;
 pub const LONGEST: u64 = 15;
 const PAGE: u64 = 0x1000;
 /// Instructions that are looked at to see whether a jump's target needs the flags.
-const AHEAD: usize = 12;
+const AHEAD: usize = 32;
 
 /// The six status flags, as iced has them.
 pub const STATUS: u32 =

@@ -1,6 +1,6 @@
 //! Which accesses of a block share one lookup.
 //!
-//! Accesses at constant distances from one register lie mostly in one page: fields of a structure, a frame on the stack.
+//! Accesses at constant distances from one register, or from the same two, lie mostly in one page: fields of a structure, a frame on the stack.
 //! They form a group. The first of them looks the page up and makes sure that the whole group lies in it; the others go
 //! straight to memory. A group ends when its register changes by other than a constant, and when the reference engine may
 //! have changed the linear page table.
@@ -11,19 +11,40 @@ use crate::allowed::is_bit_string;
 use crate::block::Mode;
 use crate::decode::is_skipped;
 use crate::frame::at;
-use crate::seats::number;
+use crate::seats::{Seat, number, seat};
 
 /// Bytes from a group's first to its last at most: groups that cross a page cost much.
 const SPAN: i64 = 256;
 
-/// Accesses off one register.
+/// What the addresses of a group have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Guest register.
+    pub base: u8,
+    /// Guest register, and by how much it is shifted.
+    pub index: Option<(u8, u8)>,
+}
+
+/// A place at a constant distance from an origin.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Where it starts from.
+    pub origin: Origin,
+    /// How far.
+    pub disp: i32,
+}
+
+/// Accesses off one origin.
 #[derive(Clone, Copy, Debug)]
 pub struct Group {
-    /// First byte, from where the register pointed when the group began.
+    /// First byte, from where the origin was when the group began.
     min: i64,
     max: i64,
-    /// What the register had been moved by when the group was last looked at.
+    /// The access that looks the page up: instruction and access.
+    first: (usize, usize),
     members: u32,
+    /// Where its addend is kept, if it is a group at all.
+    slot: Option<i32>,
 }
 
 impl Group {
@@ -40,8 +61,18 @@ pub struct Member {
     pub group: usize,
     /// It is the one that looks the page up.
     pub first: bool,
-    /// The group's first byte, from where the register points now.
+    /// The group's first byte, from where the origin is now.
     pub start: i32,
+    /// Frame offset of the group's addend.
+    pub slot: i32,
+}
+
+/// A group that may still grow.
+struct Open {
+    origin: Origin,
+    group: usize,
+    /// What the base has been moved by since the group began.
+    moved: i64,
 }
 
 /// The groups of a block.
@@ -49,27 +80,21 @@ pub struct Member {
 pub struct Plan {
     /// All groups, those with one member too.
     pub groups: Vec<Group>,
-    /// For each instruction its accesses in order, at most two.
+    /// For each instruction its accesses in order, at most two: group, and what its base had been moved by.
     members: Vec<[Option<(usize, i64)>; 2]>,
-    firsts: Vec<(usize, usize)>,
 }
 
 #[derive(Clone, Copy)]
-struct Base {
-    register: u8,
+struct Access {
+    origin: Origin,
     disp: i64,
     size: i64,
 }
 
+/// Groups that have room for their addend.
+const SLOTS: i32 = 14;
+
 impl Plan {
-    /// Frame offset in which a group's addend is kept.
-    pub fn slot(group: usize) -> i32 {
-        at::GROUPS - 8 * group as i32
-    }
-
-    /// Groups that have a slot.
-    const SLOTS: usize = 14;
-
     /// Plans a block. `helper` tells which instructions the reference engine executes.
     pub fn new(
         instructions: &[Instruction],
@@ -78,76 +103,63 @@ impl Plan {
         helper: impl Fn(&Instruction) -> bool,
     ) -> Self {
         let mut plan = Self::default();
-        // For each register its group, and what it has been moved by since that began.
-        let mut open: [Option<(usize, i64)>; 16] = [None; 16];
+        let mut open: Vec<Open> = Vec::new();
+        let word = i64::from(mode.word());
         for (n, i) in instructions.iter().enumerate() {
             let mut members = [None; 2];
             // The override of SMAP chooses another table.
             if helper(i) || matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac) {
-                open = [None; 16];
-                plan.members.push(members);
-                continue;
-            }
-            if is_skipped(i) {
-                plan.members.push(members);
-                continue;
-            }
-            let word = i64::from(mode.word());
-            for (k, base) in accesses(i, mode, word).into_iter().enumerate() {
-                let Some(base) = base else { continue };
-                members[k] = plan.join(&mut open[usize::from(base.register)], base, (n, k));
+                open.clear();
+            } else if !is_skipped(i) {
+                for (k, access) in accesses(i, mode, word).into_iter().enumerate() {
+                    members[k] = access.map(|access| plan.join(&mut open, access, (n, k)));
+                }
+                update(i, mode, word, info, &mut open);
             }
             plan.members.push(members);
-            update(i, mode, word, info, &mut open);
+        }
+        let groups = plan.groups.iter_mut().filter(|g| g.members > 1);
+        for (group, n) in groups.zip(0..SLOTS) {
+            group.slot = Some(at::GROUPS - 8 * n);
         }
         plan
     }
 
-    fn join(
-        &mut self,
-        open: &mut Option<(usize, i64)>,
-        base: Base,
-        here: (usize, usize),
-    ) -> Option<(usize, i64)> {
-        if let Some((g, moved)) = *open {
-            let from = moved + base.disp;
-            let group = &mut self.groups[g];
-            let (min, max) = (group.min.min(from), group.max.max(from + base.size));
+    fn join(&mut self, open: &mut Vec<Open>, access: Access, here: (usize, usize)) -> (usize, i64) {
+        if let Some(n) = open.iter().position(|o| o.origin == access.origin) {
+            let o = &open[n];
+            let from = o.moved + access.disp;
+            let group = &mut self.groups[o.group];
+            let (min, max) = (group.min.min(from), group.max.max(from + access.size));
             if max - min <= SPAN {
                 (group.min, group.max) = (min, max);
                 group.members += 1;
-                return Some((g, moved));
+                return (o.group, o.moved);
             }
+            open.swap_remove(n);
         }
-        if self.groups.len() >= Self::SLOTS {
-            *open = None;
-            return None;
-        }
-        let (min, max) = (base.disp, base.disp + base.size);
-        self.groups.push(Group { min, max, members: 1 });
-        self.firsts.push(here);
-        *open = Some((self.groups.len() - 1, 0));
-        Some((self.groups.len() - 1, 0))
+        let (min, max) = (access.disp, access.disp + access.size);
+        let group = self.groups.len();
+        self.groups.push(Group { min, max, first: here, members: 1, slot: None });
+        open.push(Open { origin: access.origin, group, moved: 0 });
+        (group, 0)
     }
 
     /// What the plan says of access `k` of instruction `n`.
     pub fn member(&self, n: usize, k: usize) -> Option<Member> {
         let (group, moved) = (*self.members.get(n)?.get(k)?)?;
         let g = &self.groups[group];
-        if g.members < 2 {
-            return None;
-        }
         let start = i32::try_from(g.min - moved).ok()?;
-        Some(Member { group, first: self.firsts[group] == (n, k), start })
+        Some(Member { group, first: g.first == (n, k), start, slot: g.slot? })
     }
 }
 
-fn off(register: u8, disp: i64, size: i64) -> Option<Base> {
-    Some(Base { register, disp, size })
+fn off(base: u8, disp: i64, size: i64) -> Option<Access> {
+    Some(Access { origin: Origin { base, index: None }, disp, size })
 }
 
-/// The accesses of an instruction that are at a constant distance from a register, in the order in which they are made.
-fn accesses(i: &Instruction, mode: Mode, word: i64) -> [Option<Base>; 2] {
+/// The accesses of an instruction that are at a constant distance from an origin, in the order in which they are made.
+fn accesses(i: &Instruction, mode: Mode, word: i64) -> [Option<Access>; 2] {
     const RSP: u8 = 4;
     const RBP: u8 = 5;
     match i.mnemonic() {
@@ -164,40 +176,55 @@ fn accesses(i: &Instruction, mode: Mode, word: i64) -> [Option<Base>; 2] {
     }
 }
 
-fn operand(i: &Instruction, mode: Mode) -> Option<Base> {
+fn operand(i: &Instruction, mode: Mode) -> Option<Access> {
     (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory)?;
-    let base = i.memory_base();
-    let right = if mode.wide() { base.is_gpr64() } else { base.is_gpr32() };
-    let plain =
-        i.memory_index() == Register::None && !matches!(i.memory_segment(), Register::FS | Register::GS);
+    let place = place(i, mode)?;
+    let plain = !matches!(i.memory_segment(), Register::FS | Register::GS);
     let size = i.memory_size().size() as i64;
-    let disp = i64::from(i.memory_displacement64() as i32);
-    (right && plain && (1..=64).contains(&size)).then(|| Base { register: number(base), disp, size })
+    (plain && (1..=64).contains(&size)).then(|| Access {
+        origin: place.origin,
+        disp: place.disp.into(),
+        size,
+    })
+}
+
+/// Where the operand in memory is, if that is at a constant distance from registers that can be an origin.
+pub fn place(i: &Instruction, mode: Mode) -> Option<Place> {
+    let right = |r: Register| if mode.wide() { r.is_gpr64() } else { r.is_gpr32() };
+    let (base, index) = (i.memory_base(), i.memory_index());
+    let stolen = |r: Register| matches!(seat(number(r)), Seat::Frame(_));
+    // One register beside the addend's is free, so one of them may have no seat.
+    let index = match index {
+        Register::None => None,
+        r if right(r) && !(stolen(r) && stolen(base)) => {
+            Some((number(r), i.memory_index_scale().trailing_zeros() as u8))
+        }
+        _ => return None,
+    };
+    let disp = i.memory_displacement64() as i32;
+    right(base).then(|| Place { origin: Origin { base: number(base), index }, disp })
 }
 
 /// What an instruction does to the registers of open groups.
-fn update(
-    i: &Instruction,
-    mode: Mode,
-    word: i64,
-    info: &mut InstructionInfoFactory,
-    open: &mut [Option<(usize, i64)>; 16],
-) {
+fn update(i: &Instruction, mode: Mode, word: i64, info: &mut InstructionInfoFactory, open: &mut Vec<Open>) {
+    let uses = |o: &Open, r: u8| o.origin.index.is_some_and(|(x, _)| x == r);
     if let Some((register, by)) = constant(i, mode, word) {
-        open[usize::from(register)] =
-            open[usize::from(register)].map(|(g, moved)| (g, moved + by)).filter(|(_, m)| m.abs() < 1 << 20);
-        if i.mnemonic() != Mnemonic::Pop {
-            return;
+        open.retain_mut(|o| {
+            o.moved += if o.origin.base == register { by } else { 0 };
+            !uses(o, register) && o.moved.abs() < 1 << 20
+        });
+        if i.mnemonic() == Mnemonic::Pop {
+            // What is popped into changes too.
+            let popped = number(i.op0_register());
+            open.retain(|o| o.origin.base != popped && !uses(o, popped));
         }
-        // What is popped into changes too.
-        let popped = usize::from(number(i.op0_register()));
-        open[popped] = None;
         return;
     }
     for used in info.info(i).used_registers() {
         let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None);
         if writes && used.register().is_gpr() {
-            open[usize::from(number(used.register()))] = None;
+            let written = number(used.register());
+            open.retain(|o| o.origin.base != written && !uses(o, written));
         }
     }
 }

@@ -1,12 +1,13 @@
 //! What instructions become that do not branch: copies with their operands elsewhere, and stack operations.
 
-use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use crate::allowed;
 use crate::asm::{Mem, based, frame, reg};
 use crate::block::{Builder, Mode};
 use crate::decode;
 use crate::frame::at;
+use crate::plan::{self, Origin, Place};
 use crate::seats::{Seat, is_high, number, register, seat};
 
 /// Host register that holds the guest's RSP and RBP.
@@ -114,14 +115,6 @@ impl Builder<'_, '_> {
         }
     }
 
-    /// The guest register and distance that the operand in memory is at, if it is so.
-    fn at_register(&self, i: &Instruction) -> Option<(u8, i32)> {
-        let base = i.memory_base();
-        let right = if self.c.mode.wide() { base.is_gpr64() } else { base.is_gpr32() };
-        (right && i.memory_index() == Register::None)
-            .then(|| (number(base), i.memory_displacement64() as i32))
-    }
-
     /// Writes a guest register, all of it.
     fn assign(&mut self, guest: u8, from: u8) {
         match seat(guest) {
@@ -219,11 +212,19 @@ impl Builder<'_, '_> {
             let n = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory).unwrap_or(0);
             let access = self.info.info(&i).op_access(n);
             let write = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None);
-            operand = Some(self.access(size, write, self.at_register(&i), |b| b.address(&i, true)));
+            operand = Some(self.access(size, write, plan::place(&i, self.c.mode), |b| b.address(&i, true)));
         }
         let partial = decode::may_write(&i) != 0 && self.live_after & !decode::writes(&i) != 0;
         if decode::reads(&i) != 0 || partial {
             self.flags_to_host();
+        }
+        if let (None, [t]) = (operand, temporaries.as_slice())
+            && let (Seat::Frame(slot), false) = (seat(t.guest), t.store)
+            && let Some(in_memory) = folded(&i, t.guest, slot)
+        {
+            let out = reseat(&in_memory, &[], Some(frame(slot)));
+            self.encode(&out);
+            return self.flags_written(&i);
         }
         let mut hosts = [reg::U, reg::T];
         if let (Some(m), false) = (operand, temporaries.is_empty()) {
@@ -345,7 +346,8 @@ impl Builder<'_, '_> {
             }
             _ => {
                 let word = self.c.mode.word();
-                let from = self.access(word as u32, false, Some((5, 0)), |b| b.copy_pointer(FRAME_POINTER));
+                let from =
+                    self.access(word as u32, false, Some(off(5, 0)), |b| b.copy_pointer(FRAME_POINTER));
                 self.load_word(reg::T, from);
                 self.a.lea(self.c.mode.wide(), STACK, based(FRAME_POINTER, word));
                 self.assign(5, reg::T);
@@ -426,14 +428,14 @@ impl Builder<'_, '_> {
     /// Where a pushed word goes.
     pub fn push_place(&mut self) -> Mem {
         let word = self.c.mode.word();
-        self.access(word as u32, true, Some((4, -word)), |b| {
+        self.access(word as u32, true, Some(off(4, -word)), |b| {
             b.a.lea(b.c.mode.wide(), reg::T, based(STACK, -word));
         })
     }
 
     /// The word on top of the stack to RDI.
     pub fn pop_to_t(&mut self) {
-        let from = self.access(self.c.mode.word() as u32, false, Some((4, 0)), |b| b.copy_pointer(STACK));
+        let from = self.access(self.c.mode.word() as u32, false, Some(off(4, 0)), |b| b.copy_pointer(STACK));
         self.load_word(reg::T, from);
     }
 
@@ -447,7 +449,7 @@ impl Builder<'_, '_> {
             return;
         }
         let word = self.c.mode.word() as u32;
-        let from = self.access(word, false, self.at_register(i), |b| b.address(i, true));
+        let from = self.access(word, false, plan::place(i, self.c.mode), |b| b.address(i, true));
         self.load_word(reg::T, from);
     }
 }
@@ -483,4 +485,80 @@ fn reseat(i: &Instruction, temporaries: &[Temporary], operand: Option<Mem>) -> I
         }
     }
     out
+}
+
+/// A place off one register.
+fn off(base: u8, disp: i32) -> Place {
+    Place { origin: Origin { base, index: None }, disp }
+}
+
+/// The instruction with the register `guest`, which it only reads and which is in the frame at `slot`, as an operand in
+/// memory; if it has such a form.
+fn folded(i: &Instruction, guest: u8, slot: i32) -> Option<Instruction> {
+    let is = |n: u32| {
+        i.op_kind(n) == OpKind::Register && i.op_register(n).is_gpr() && number(i.op_register(n)) == guest
+    };
+    let mut places = (0..i.op_count()).filter(|&n| is(n));
+    let (n, None) = (places.next()?, places.next()) else { return None };
+    let code = match n {
+        1 => reading_second(i)?,
+        0 => reading_first(i)?,
+        _ => return None,
+    };
+    let mut out = *i;
+    out.set_code(code);
+    if n == 1 && i.mnemonic() == Mnemonic::Test {
+        // TEST has one form, in which it is the first operand that may be in memory.
+        out.set_op1_register(i.op0_register());
+        out.set_op0_kind(OpKind::Memory);
+    } else {
+        out.set_op_kind(n, OpKind::Memory);
+    }
+    out.set_memory_base(Register::RSP);
+    out.set_memory_index(Register::None);
+    out.set_memory_index_scale(1);
+    out.set_memory_displacement64(slot as u64);
+    out.set_memory_displ_size(1);
+    Some(out)
+}
+
+fn reading_second(i: &Instruction) -> Option<Code> {
+    use Mnemonic as M;
+    let size = i.op1_register().size();
+    if i.op0_kind() != OpKind::Register {
+        return None;
+    }
+    let pick = |four: Code, eight: Code| match size {
+        4 => Some(four),
+        8 => Some(eight),
+        _ => None,
+    };
+    match i.mnemonic() {
+        M::Mov => pick(Code::Mov_r32_rm32, Code::Mov_r64_rm64),
+        M::Add => pick(Code::Add_r32_rm32, Code::Add_r64_rm64),
+        M::Or => pick(Code::Or_r32_rm32, Code::Or_r64_rm64),
+        M::Adc => pick(Code::Adc_r32_rm32, Code::Adc_r64_rm64),
+        M::Sbb => pick(Code::Sbb_r32_rm32, Code::Sbb_r64_rm64),
+        M::And => pick(Code::And_r32_rm32, Code::And_r64_rm64),
+        M::Sub => pick(Code::Sub_r32_rm32, Code::Sub_r64_rm64),
+        M::Xor => pick(Code::Xor_r32_rm32, Code::Xor_r64_rm64),
+        M::Cmp => pick(Code::Cmp_r32_rm32, Code::Cmp_r64_rm64),
+        M::Test => pick(Code::Test_rm32_r32, Code::Test_rm64_r64),
+        M::Imul | M::Movzx | M::Movsx | M::Movsxd | M::Popcnt | M::Tzcnt | M::Lzcnt => Some(i.code()),
+        // CMOVcc.
+        _ if decode::condition(i).is_some() => Some(i.code()),
+        _ => None,
+    }
+}
+
+fn reading_first(i: &Instruction) -> Option<Code> {
+    let register = i.op_count() == 2 && i.op1_kind() == OpKind::Register;
+    match (i.mnemonic(), i.op0_register().size()) {
+        (Mnemonic::Cmp, 4) if register => Some(Code::Cmp_rm32_r32),
+        (Mnemonic::Cmp, 8) if register => Some(Code::Cmp_rm64_r64),
+        (Mnemonic::Test, 4) if register => Some(Code::Test_rm32_r32),
+        (Mnemonic::Test, 8) if register => Some(Code::Test_rm64_r64),
+        (Mnemonic::Cmp | Mnemonic::Test, 4 | 8) => Some(i.code()),
+        _ => None,
+    }
 }
