@@ -5,3 +5,4 @@ pub mod boot;
 pub mod cpu;
 pub mod fuzz;
 pub mod monitor;
+pub mod sequences;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use lodge_bench::{boot, cpu, fuzz};
+use lodge_bench::{boot, cpu, fuzz, sequences};
 
 #[derive(Parser)]
 #[command(about = "Every published figure comes from here")]
@@ -31,6 +31,21 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         save: Option<PathBuf>,
     },
+    /// The translate engine against the interpreter, on random programs
+    Sequences {
+        /// How many cases
+        #[arg(long, default_value_t = 1_000_000)]
+        cases: u64,
+        /// The first case's number
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Write cases that differ into this directory
+        #[arg(long, value_name = "DIR")]
+        save: Option<PathBuf>,
+        /// Show what the reference engine does with the case in a file
+        #[arg(long, value_name = "FILE")]
+        follow: Option<PathBuf>,
+    },
     /// Time from the command to the guest's first line, beside QEMU's translator
     Boot(boot::Args),
     /// Workloads on the host, in QEMU and in Lodge: processor time and checksums
@@ -40,6 +55,8 @@ enum Command {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Fuzz { cases, seed, filter, save } => run_fuzz(cases, seed, &filter, save),
+        Command::Sequences { follow: Some(path), .. } => follow(&path),
+        Command::Sequences { cases, seed, save, .. } => run_sequences(cases, seed, save),
         Command::Boot(args) => boot::run(&args),
         Command::Cpu(args) => cpu::run(&args),
     }
@@ -69,5 +86,43 @@ fn run_fuzz(cases: u64, seed: u64, filter: &str, save: Option<PathBuf>) -> Resul
         summary.mismatches.len()
     );
     anyhow::ensure!(summary.mismatches.is_empty(), "the interpreter differs from the processor");
+    Ok(())
+}
+
+fn run_sequences(cases: u64, seed: u64, save: Option<PathBuf>) -> Result<()> {
+    let start = std::time::Instant::now();
+    let mut next = 0;
+    let summary = sequences::run(cases, seed, |s| {
+        if s.cases >= next {
+            let rate = s.cases as f64 / start.elapsed().as_secs_f64();
+            eprintln!("{} of {cases} cases, {rate:.0} a second, {} differ", s.cases, s.failures.len());
+            next = s.cases + (cases / 20).clamp(1, 50_000);
+        }
+    })?;
+    for (seed, case, what) in &summary.failures {
+        let text = format!("# seed {seed}: {}\n{}", what.join("; "), sequences::describe(case));
+        println!("{text}");
+        if let Some(directory) = &save {
+            std::fs::create_dir_all(directory)?;
+            std::fs::write(directory.join(format!("{seed}.txt")), text)?;
+        }
+    }
+    println!(
+        "seeds {seed} to {}: {} cases, {} endless, {} undefined, {} differ",
+        seed + summary.cases,
+        summary.cases,
+        summary.endless,
+        summary.undefined,
+        summary.failures.len()
+    );
+    anyhow::ensure!(summary.failures.is_empty(), "the translate engine differs from the interpreter");
+    Ok(())
+}
+
+fn follow(path: &std::path::Path) -> Result<()> {
+    let case = sequences::Case::parse(&std::fs::read_to_string(path)?).map_err(anyhow::Error::msg)?;
+    let mut pair = sequences::Pair::new()?;
+    sequences::follow(&mut pair, &case, |line| println!("{line}"))?;
+    println!("{:?}", sequences::check(&mut pair, &case));
     Ok(())
 }

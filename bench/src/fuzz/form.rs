@@ -39,7 +39,7 @@ pub fn forms() -> Vec<Form> {
 }
 
 /// Whether an instruction can be compared: user-mode, with a result that depends on nothing but its operands.
-fn suits(code: Code, mode: Mode) -> bool {
+pub(crate) fn suits(code: Code, mode: Mode) -> bool {
     let info = code.op_code();
     let in_mode = match mode {
         Mode::Long => info.mode64() && info.long_mode(),

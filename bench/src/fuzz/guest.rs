@@ -164,7 +164,7 @@ impl Guest {
     }
 }
 
-fn processor() -> Result<Cpuid> {
+pub(crate) fn processor() -> Result<Cpuid> {
     let host = Features::from_leaves(|leaf, subleaf| {
         let r = raw_cpuid::cpuid!(leaf, subleaf);
         Leaf { eax: r.eax, ebx: r.ebx, ecx: r.ecx, edx: r.edx }

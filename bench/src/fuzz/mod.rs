@@ -12,8 +12,10 @@ use anyhow::{Context, Result};
 use native::oracle::{Case, Oracle, Reply};
 
 pub use compare::differences;
+pub(crate) use form::suits;
 pub use form::{Form, forms};
 pub use guest::Guest;
+pub(crate) use guest::processor;
 pub use random::Random;
 pub use text::{parse, print};
 
