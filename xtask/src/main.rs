@@ -22,7 +22,7 @@ enum Command {
     Test(test::Args),
     /// Build the bare-metal guests that tests run, and the benchmark program
     Guests,
-    /// Figures: cpu, fuzz, boot, mips (see `cargo xtask bench help`)
+    /// Figures: cpu, fuzz, sequences, boot, mips (see `cargo xtask bench help`)
     Bench {
         /// What to measure, and how
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

@@ -85,6 +85,10 @@ pub fn differences(pair: &Pair, reference: &Outcome, subject: &Outcome) -> Vec<S
         pair.subject.now.iter().zip(&pair.reference.now).enumerate().filter(|(_, (a, b))| a != b)
     {
         all.push(format!("memory at {:x} is {a:016x}, not {b:016x}", 8 * n));
+        if all.len() > 20 {
+            all.push("and so on".into());
+            break;
+        }
     }
     all
 }

@@ -21,6 +21,8 @@ pub struct Outcome {
     pub exit: Exit,
     /// It did not end by itself in time.
     pub endless: bool,
+    /// Instructions, if the engine counts them.
+    pub instructions: u64,
     /// The state at its end.
     pub state: State,
 }
@@ -153,6 +155,7 @@ impl Side {
         self.ended.store(false, Ordering::SeqCst);
         self.watch.timed_out.store(false, Ordering::SeqCst);
         self.watch.number.fetch_add(1, Ordering::SeqCst);
+        let before = self.cpu.stats().instructions.unwrap_or(0);
         let (mut exit, mut endless) = (Exit::Kicked, false);
         while !self.ended.load(Ordering::SeqCst) && exit == Exit::Kicked {
             exit = self.cpu.run()?;
@@ -164,7 +167,8 @@ impl Side {
         self.watch.number.fetch_add(1, Ordering::SeqCst);
         let state = self.cpu.state()?;
         self.reread();
-        Ok(Outcome { exit, endless, state })
+        let instructions = self.cpu.stats().instructions.unwrap_or(0) - before;
+        Ok(Outcome { exit, endless, instructions, state })
     }
 
     /// Looks at memory again, after it was changed by steps.
