@@ -30,8 +30,14 @@ impl Mode {
     pub const FS: u8 = 8;
     /// GS likewise.
     pub const GS: u8 = 16;
-    /// Each access looks its page up by itself: for where groups of accesses cross a page.
+    /// Each access looks its page up by itself: for where groups of accesses cross a page. From such a block execution goes
+    /// on in others.
     pub const SOLO: u8 = 32;
+
+    /// The mode of blocks that a block is linked to.
+    pub fn linked(self) -> Self {
+        Self(self.0 & !Self::SOLO)
+    }
 
     /// 64 or 32.
     pub fn bits(self) -> u32 {
@@ -59,13 +65,14 @@ pub enum Kind {
         /// It stores.
         write: bool,
     },
-    /// The page of a group of accesses is not in the linear page table, or the group crosses a page.
+    /// The page of a group of accesses is not in the linear page table.
     Group {
-        /// Bytes.
-        span: u16,
         /// The first of them stores.
         write: bool,
     },
+    /// A group of accesses crosses a page. The four bytes at the host address are the distance of the branch that found out,
+    /// which can lead to a block without groups.
+    Cross,
     /// The reference engine executes this instruction, which is number `op` of the block's, and execution goes on at the
     /// site's host address.
     Helper {
@@ -526,8 +533,10 @@ impl<'a, 'p> Builder<'a, 'p> {
         self.a.and_imm32(reg::T, 0xfff);
         self.a.cmp_imm32(reg::T, 0x1000 - span);
         let crosses = self.a.jump_if(cc::A);
-        let site = self.site(Kind::Group { span: span as u16, write }, self.guest, retry);
-        self.cold.push(Cold::Leave { from: vec![missing, crosses], site });
+        let site = self.site(Kind::Group { write }, self.guest, retry);
+        self.cold.push(Cold::Leave { from: vec![missing], site });
+        let site = self.site(Kind::Cross, self.guest, self.a.base + crosses.0 as u64);
+        self.cold.push(Cold::Leave { from: vec![crosses], site });
         self.a.store(frame(member.slot), reg::U);
         self.owner = Some(member.group);
         self.flags_lost();

@@ -19,7 +19,7 @@ use crate::stubs::Stubs;
 
 /// A block of translated code.
 pub struct Block {
-    /// Number of its page in [`Cache::pages`].
+    /// Number in [`Cache::pages`] of the page of blocks that it is linked to, which is its own or covers the same memory.
     page: u32,
     /// Host address and length.
     host: u64,
@@ -239,6 +239,7 @@ impl Cache {
         }
         let (n, output) = self.build(vcpu, frame, offset, None, mode)?;
         let host = self.keep(n, output);
+        let n = self.page(&memory, offset & !0xfff, mode);
         self.pages[n as usize].entries.insert(start, host);
         Ok(host)
     }
@@ -283,7 +284,7 @@ impl Cache {
         let core = vcpu.core();
         let (memory, cpuid, options) = (core.memory.clone(), core.cpuid.clone(), interpret::options(core));
         for _ in 0..2 {
-            let n = self.page(&memory, offset & !0xfff, mode);
+            let n = self.page(&memory, offset & !0xfff, mode.linked());
             let entries = &self.pages[n as usize].entries;
             let context = Context {
                 host: self.host,
@@ -326,11 +327,16 @@ impl Cache {
     pub fn link(&mut self, site: &Site) -> Option<u64> {
         let block = self.blocks.get(site.block as usize)?;
         let target = *self.pages.get(block.page as usize)?.entries.get(&site.guest)?;
-        self.buffer.patch(site.host, target.wrapping_sub(site.host + 4) as i32);
+        self.patch(site, target);
         Some(target)
     }
 
-    /// Where the page of a block lies in guest memory, and its mode.
+    /// Lets the branch of a site lead to the code at `host`.
+    pub fn patch(&mut self, site: &Site, host: u64) {
+        self.buffer.patch(site.host, host.wrapping_sub(site.host + 4) as i32);
+    }
+
+    /// Where the page of a block lies in guest memory, and the mode of blocks that it is linked to.
     pub fn place(&self, block: u32) -> Option<(u64, Mode)> {
         let page = self.pages.get(self.blocks.get(block as usize)?.page as usize)?;
         Some((page.offset, page.mode))

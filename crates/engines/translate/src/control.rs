@@ -204,7 +204,8 @@ impl Builder<'_, '_> {
 
     /// Lets a branch lead to a block of this page, now or when there is one.
     fn link(&mut self, from: crate::asm::Fixup, target: u16) {
-        let known = if target == self.start { Some(self.a.base) } else { (self.c.find)(target) };
+        let own = target == self.start && self.c.mode == self.c.mode.linked();
+        let known = if own { Some(self.a.base) } else { (self.c.find)(target) };
         match known {
             Some(host) => self.a.point(from, host),
             None => {

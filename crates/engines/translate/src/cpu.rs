@@ -371,7 +371,8 @@ impl Cpu {
                 self.flags_out();
                 self.interpret()
             }
-            Kind::Group { span, write } => self.group(site, span, write),
+            Kind::Group { write } => self.group(site, write),
+            Kind::Cross => self.cross(site),
             Kind::Helper { op } => self.help(site, op),
             Kind::Jump { undo } => self.jump(undo),
             Kind::Instruction => {
@@ -393,20 +394,31 @@ impl Cpu {
         }
     }
 
-    /// A group of accesses whose page has to be looked up, or that crosses a page.
-    fn group(&mut self, site: Site, span: u16, write: bool) -> Result<Next, Stop> {
+    /// A group of accesses whose page has to be looked up.
+    fn group(&mut self, site: Site, write: bool) -> Result<Next, Stop> {
         let linear = self.frame.get(at::LINEAR);
-        if (linear & 0xfff) + u64::from(span) <= 0x1000 {
-            if self.fill(linear, 1, write) {
-                return Ok(Next::Host(site.host));
-            }
-        } else if let Some((page, mode)) = self.cache.place(site.block)
-            && self.cache.is_fresh(site.block, &self.memory)
-            && let Some(host) = self.find(page + u64::from(site.guest), Mode(mode.0 | Mode::SOLO))
-        {
-            return Ok(Next::Host(host));
+        if self.fill(linear, 1, write) {
+            return Ok(Next::Host(site.host));
         }
         self.count.slow += 1;
+        self.flags_out();
+        self.interpret()
+    }
+
+    /// A group of accesses that crosses a page: on in a block without groups, and from now on without asking.
+    fn cross(&mut self, site: Site) -> Result<Next, Stop> {
+        if let Some((page, mode)) = self.cache.place(site.block)
+            && self.cache.is_fresh(site.block, &self.memory)
+        {
+            let before = self.cache.count.flushes;
+            let mode = Mode(mode.0 | Mode::SOLO);
+            if let Some(host) = self.find(page + u64::from(site.guest), mode) {
+                if before == self.cache.count.flushes {
+                    self.cache.patch(&site, host);
+                }
+                return Ok(Next::Host(host));
+            }
+        }
         self.flags_out();
         self.interpret()
     }
@@ -444,7 +456,7 @@ impl Cpu {
         self.count.helpers += 1;
         self.flags_out();
         let Some(op) = self.cache.op(site.block, op) else { return self.interpret() };
-        let mode = self.cache.place(site.block).map(|p| Mode(p.1.0 & !Mode::SOLO));
+        let mode = self.cache.place(site.block).map(|p| p.1);
         match self.vcpu.execute(op) {
             Ok(Flow::Next) => {
                 let core = self.vcpu.core();
