@@ -106,7 +106,7 @@ impl Side {
         machine.ports.insert(PORT, 3, "sequences", Arc::new(ports))?;
         let cpu: Box<dyn Vcpu> = match engine {
             Engine::Interpret => Box::new(interpret::Cpu::new(machine, local.clone(), cpuid, 0)),
-            Engine::Translate => Box::new(translate::Cpu::new(machine, local.clone(), cpuid, 0)?),
+            Engine::Translate => Box::new(translate::Cpu::new(machine, local.clone(), cpuid, 0, 1)?),
         };
         let watch = Arc::new(Watch {
             number: AtomicU64::new(0),
