@@ -74,7 +74,7 @@ pub enum Kind {
     /// which can lead to a block without groups.
     Cross,
     /// The reference engine executes this instruction, which is number `op` of the block's, and execution goes on at the
-    /// site's host address.
+    /// site's host address, if that is not 0.
     Helper {
         /// Index.
         op: u32,
@@ -372,11 +372,13 @@ impl<'a, 'p> Builder<'a, 'p> {
         self.flags_to_memory();
         let op = self.op(i);
         self.leave(Kind::Helper { op }, i.ip() as u16);
+        // INTO, say, ends a block and still may go on behind itself: there is no code to go on with.
+        let goes_on = i.flow_control() == FlowControl::Next;
         let site = self.sites.len() - 1;
-        self.sites[site].host = self.a.address();
+        self.sites[site].host = if goes_on { self.a.address() } else { 0 };
         self.flags = Flags::Memory;
         self.owner = None;
-        i.flow_control() == FlowControl::Next
+        goes_on
     }
 
     /// Lets translated code go on behind an instruction whose operand crossed a page, if nothing but its result is expected

@@ -462,7 +462,7 @@ impl Cpu {
                 let core = self.vcpu.core();
                 let same = self.memory.code().changes() == self.cache.changes();
                 let quiet = same && !core.hit && core.tlb.log.as_ref().is_some_and(Vec::is_empty);
-                if quiet && !self.vcpu.wants_attention() && self.mode() == mode {
+                if site.host != 0 && quiet && !self.vcpu.wants_attention() && self.mode() == mode {
                     self.flags_in();
                     return Ok(Next::Host(site.host));
                 }
@@ -533,7 +533,10 @@ impl Cpu {
         let address = self.frame.get(at::FAULT_ADDRESS);
         let signal = self.frame.get(at::FAULT_SIGNAL) as i32;
         let Some((mark, host)) = self.cache.mark(pc) else {
-            return Err(Stop::Bug(format!("signal {signal} at {pc:#x}, which is in no block")));
+            let offset = pc.wrapping_sub(self.cache.range().0);
+            return Err(Stop::Bug(format!(
+                "signal {signal} for {address:#x} at {offset:#x} of its code, in no block"
+            )));
         };
         self.set_rip(mark.guest);
         if mark.flags_in_host {
