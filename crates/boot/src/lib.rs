@@ -166,7 +166,8 @@ impl Image {
 
     /// Copies `len` bytes at `offset` of the file to `gpa`, piece by piece.
     pub fn copy(&self, offset: u64, len: u64, memory: &Memory, gpa: u64) -> Result<(), Error> {
-        const PIECE: u64 = 1 << 20;
+        // Small enough to come from a heap that is there anyway: one of 1 MiB would stay with the process for good.
+        const PIECE: u64 = 1 << 16;
         let mut done = 0;
         while done < len {
             let n = PIECE.min(len - done);
