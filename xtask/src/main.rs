@@ -1,6 +1,7 @@
 //! The project's own chores, run as `cargo xtask …`.
 #![forbid(unsafe_code)]
 
+mod bed;
 mod guests;
 mod nested;
 mod packages;
@@ -29,14 +30,7 @@ enum Command {
         args: Vec<String>,
     },
     /// Boot the nested bed, where KVM works on every host, and run Lodge in it
-    Nested {
-        /// Show what the outer guest prints
-        #[arg(long)]
-        verbose: bool,
-        /// How often to boot Linux with one and with two vCPUs
-        #[arg(long, value_name = "N", default_value_t = 1)]
-        boots: u32,
-    },
+    Nested(nested::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -48,7 +42,7 @@ fn main() -> anyhow::Result<()> {
             println!("{}", guests::build_work()?.display());
             Ok(())
         }
-        Command::Nested { verbose, boots } => nested::run(verbose, boots),
+        Command::Nested(args) => nested::run(&args),
     }
 }
 
@@ -70,5 +64,10 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
     }
     sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
     let mut command = sh::cargo(&["run", "--quiet", "--release", "-p", "lodge-bench", "--"]);
-    sh::run(command.args(args))
+    sh::run(command.args(args))?;
+    // Whoever names engines has said what is to be measured.
+    if args.first().is_some_and(|a| a == "boot") && !args.iter().any(|a| a.starts_with("--engine")) {
+        nested::bench_boot(&args[1..])?;
+    }
+    Ok(())
 }

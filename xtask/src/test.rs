@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::{guests, packages, sh};
+use crate::{guests, nested, packages, sh};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -35,6 +35,10 @@ pub fn run(args: &Args) -> Result<()> {
     sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
     let mut nextest = vec!["nextest", "run", "--workspace", "--no-fail-fast"];
     nextest.extend(args.filter.as_deref());
-    // KVM in the nested bed is a command of its own, `cargo xtask nested`: its outer guest has been seen to hang.
-    sh::run(&mut sh::cargo(&nextest))
+    // KVM first, so that the tests' summary stands at the end.
+    let kvm = if args.filter.is_none() { nested::run(&nested::Args::ALL) } else { Ok(()) };
+    if let Err(error) = &kvm {
+        println!("{error:#}");
+    }
+    sh::run(&mut sh::cargo(&nextest)).and(kvm)
 }

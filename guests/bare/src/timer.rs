@@ -9,8 +9,8 @@ use crate::{
 pub const PIT_HZ: u64 = 1_193_182;
 /// PM timer ticks a second.
 pub const PM_HZ: u64 = 3_579_545;
-/// Give up after so many TSC cycles: some seconds.
-const PATIENCE: u64 = 12_000_000_000;
+/// Give up after so many TSC cycles: some ten seconds, for two CPUs that race may share one of a busy host.
+const PATIENCE: u64 = 36_000_000_000;
 
 /// Programs a PIT channel: mode, and a 16-bit count (0 means 65,536).
 pub fn pit(channel: u8, mode: u8, count: u16) {
