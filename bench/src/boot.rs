@@ -1,13 +1,15 @@
 //! How long a guest takes to start.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 
-use crate::monitor::{self, Programs, Running, Setup, median};
+use crate::monitor::{self, Programs, QEMU, Running, Setup, median};
 
 /// `lodge-bench boot`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What to measure: `tcg` is QEMU's translator, the others are engines of Lodge's
+    /// What to measure: `tcg` is QEMU's translator and `qemu-kvm` QEMU's KVM, the others are engines of Lodge's
     #[arg(long, value_delimiter = ',', default_value = "tcg,translate")]
     engine: Vec<String>,
     /// How often; the median counts
@@ -16,6 +18,15 @@ pub struct Args {
     /// The guest's architecture, by Debian's name: amd64 or i386
     #[arg(long, default_value = "amd64")]
     arch: String,
+    /// The kernel to boot, instead of the default guest's
+    #[arg(long, requires = "initrd", value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Its initial RAM disk
+    #[arg(long, requires = "kernel", value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Its command line
+    #[arg(long, default_value = "console=ttyS0")]
+    cmdline: String,
     #[command(flatten)]
     programs: Programs,
 }
@@ -32,14 +43,8 @@ struct Start {
 /// # Errors
 /// A guest does not start.
 pub fn run(args: &Args) -> Result<()> {
-    let guest = args.programs.guest(&args.arch)?;
-    let setup = Setup {
-        programs: args.programs.clone(),
-        kernel: guest.kernel,
-        initrd: guest.initrd,
-        cmdline: guest.cmdline,
-    };
-    setup.introduce(&guest.description);
+    let (setup, description) = setup(args)?;
+    setup.introduce(&description);
     println!("medians of {}", args.rounds);
     let mut rows: Vec<(&str, Vec<Start>)> = args.engine.iter().map(|e| (e.as_str(), Vec::new())).collect();
     for _ in 0..args.rounds {
@@ -49,11 +54,11 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     let middle = |starts: &[Start], what: fn(&Start) -> f64| median(starts.iter().map(what));
-    let tcg = rows.iter().find(|(engine, _)| *engine == "tcg");
-    let base = |what| tcg.map_or(f64::NAN, |(_, starts)| middle(starts, what));
+    let qemu = rows.iter().find(|(engine, _)| QEMU.iter().any(|(name, _)| engine == name));
+    let base = |what| qemu.map_or(f64::NAN, |(_, starts)| middle(starts, what));
     println!(
         "{:12} {:>8} {:>8} {:>9} {:>9} {:>13}",
-        "", "wall s", "CPU s", "wall/tcg", "CPU/tcg", "memory MiB"
+        "", "wall s", "CPU s", "wall/qemu", "CPU/qemu", "memory MiB"
     );
     for (engine, starts) in &rows {
         let (wall, cpu) = (middle(starts, |s| s.wall), middle(starts, |s| s.cpu));
@@ -61,8 +66,20 @@ pub fn run(args: &Args) -> Result<()> {
         let memory = middle(starts, |s| s.memory);
         println!("{engine:12} {wall:8.2} {cpu:8.2} {to_wall:9.2} {to_cpu:9.2} {memory:13.1}");
     }
-    println!("memory is without guest RAM for Lodge, with it for QEMU");
+    println!("memory is the monitor's own, without guest RAM");
     Ok(())
+}
+
+/// The machine to start, and what it is.
+fn setup(args: &Args) -> Result<(Setup, String)> {
+    let programs = args.programs.clone();
+    if let (Some(kernel), Some(initrd)) = (args.kernel.clone(), args.initrd.clone()) {
+        let description = kernel.display().to_string();
+        return Ok((Setup { programs, kernel, initrd, cmdline: args.cmdline.clone() }, description));
+    }
+    let guest = programs.guest(&args.arch)?;
+    let setup = Setup { programs, kernel: guest.kernel, initrd: guest.initrd, cmdline: guest.cmdline };
+    Ok((setup, guest.description))
 }
 
 fn start(setup: &Setup, engine: &str) -> Result<Start> {

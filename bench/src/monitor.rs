@@ -17,6 +17,11 @@ pub const PATIENCE: Duration = Duration::from_secs(300);
 /// What the default guest prints when its userspace has started.
 pub const READY: &str = "Lodge: Linux";
 
+/// What QEMU is called here, and which accelerator it then uses.
+pub const QEMU: [(&str, &str); 2] = [("tcg", "tcg"), ("qemu-kvm", "kvm")];
+/// What guest RAM is called among a process's mappings: Lodge's and QEMU's.
+const GUEST_RAM: [&str; 2] = ["memfd:lodge-guest", "memfd:memory-backend-memfd"];
+
 /// Which programs are compared.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Programs {
@@ -60,16 +65,20 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// The command that runs the machine: with QEMU's translator for `tcg`, else with that engine of Lodge's.
+    /// The command that runs the machine: with QEMU's translator for `tcg`, QEMU's KVM for `qemu-kvm`, else with that engine
+    /// of Lodge's.
     ///
     /// # Errors
     /// This program does not know where it is.
     pub fn command(&self, engine: &str) -> Result<Command> {
         let cpus = self.programs.cpus.to_string();
         let mut command;
-        if engine == "tcg" {
+        let qemu = QEMU.iter().find(|(name, _)| *name == engine);
+        if let Some((_, accelerator)) = qemu {
             command = Command::new(&self.programs.qemu);
-            command.args("-machine q35,accel=tcg -cpu max -m 512 -nodefaults -no-reboot".split(' '));
+            command.args("-machine q35,memory-backend=ram -cpu max -m 512 -nodefaults -no-reboot".split(' '));
+            // As Lodge has it: under a name, by which it can be left out when memory is measured.
+            command.args("-object memory-backend-memfd,id=ram,size=512M -accel".split(' ')).arg(accelerator);
             command.args("-display none -monitor none -serial stdio -smp".split(' ')).arg(cpus);
             command.arg("-append");
         } else {
@@ -82,7 +91,7 @@ impl Setup {
         }
         command.arg(&self.cmdline);
         for (option, file) in [("kernel", &self.kernel), ("initrd", &self.initrd)] {
-            let dashes = if engine == "tcg" { "-" } else { "--" };
+            let dashes = if qemu.is_some() { "-" } else { "--" };
             command.arg(format!("{dashes}{option}")).arg(file);
         }
         Ok(command)
@@ -223,8 +232,8 @@ impl Running {
         Ok(Moment { wall: self.begun.elapsed(), cpu: cpu.into() })
     }
 
-    /// How much memory it uses beside Lodge's guest RAM, page tables included, in MiB (proc_pid_smaps(5)). What is
-    /// mapped twice counts once. QEMU's guest RAM has no name by which it could be left out.
+    /// How much memory it uses beside guest RAM, page tables included, in MiB (proc_pid_smaps(5)). What is
+    /// mapped twice counts once.
     pub fn memory(&self) -> f64 {
         let file =
             |name| std::fs::read_to_string(format!("/proc/{}/{name}", self.child.id())).unwrap_or_default();
@@ -235,7 +244,7 @@ impl Running {
         for line in file("smaps").lines() {
             // A mapping's first line begins with its address, the others with a name in capitals.
             if !line.starts_with(|c: char| c.is_ascii_uppercase()) {
-                guest_ram = line.contains("memfd:lodge-guest");
+                guest_ram = GUEST_RAM.iter().any(|name| line.contains(name));
             } else if !guest_ram {
                 sum += kib(line, "Pss:").unwrap_or(0.0);
             }
