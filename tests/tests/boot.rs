@@ -1,4 +1,4 @@
-//! Stock Debian kernels boot to userspace and power off, by the reference engine.
+//! Stock Debian kernels boot to userspace and power off, by the engines that need nothing of the host.
 
 use std::process::Command;
 use std::time::Duration;
@@ -10,10 +10,13 @@ const INTERPRET: [&str; 3] = ["run", "--engine", "interpret"];
 /// Boots take seconds; on a machine that is busy with other tests, longer.
 const PATIENCE: Duration = Duration::from_secs(240);
 
-fn boot(image: &[&str], input: &str) -> Done {
-    let mut command = Command::new(lodge());
-    command.args(INTERPRET).args(image);
-    start_with(&mut command, input).wait(PATIENCE).expect(0)
+/// Boots on each of the software engines.
+fn boot(image: &[&str], input: &str) -> [Done; 2] {
+    ["interpret", "translate"].map(|engine| {
+        let mut command = Command::new(lodge());
+        command.args(["run", "--engine", engine]).args(image);
+        start_with(&mut command, input).wait(PATIENCE).expect(0)
+    })
 }
 
 fn available(suite: Option<&str>, arch: &str) -> bool {
@@ -46,23 +49,38 @@ fn two_processors() {
     if !available(None, "amd64") {
         return;
     }
-    let done = boot(&["--cpus", "2"], "nproc; grep -c ^processor /proc/cpuinfo\n");
-    assert_eq!(done.out.lines().filter(|l| *l == "2").count(), 2, "{}", done.out);
+    for done in boot(&["--cpus", "2"], "nproc; grep -c ^processor /proc/cpuinfo\n") {
+        assert_eq!(done.out.lines().filter(|l| *l == "2").count(), 2, "{}", done.out);
+    }
+}
+
+#[test]
+fn four_processors_translated() {
+    if !available(None, "amd64") {
+        return;
+    }
+    let mut command = Command::new(lodge());
+    command.args(["run", "--engine", "translate", "--cpus", "4", "--stats"]);
+    let done = start_with(&mut command, "nproc\n").wait(PATIENCE).expect(0);
+    assert!(done.out.lines().any(|l| l == "4"), "{}", done.out);
+    assert!(done.err.contains("vCPU 3: blocks translated"), "{}", done.err);
 }
 
 #[test]
 fn a_newer_kernel() {
     if available(Some("trixie"), "amd64") {
-        let done = boot(&["tiny:trixie", "--cpus", "2"], "uname -r; nproc\n");
-        assert!(done.out.contains("\n6.12."), "{}", done.out);
+        for done in boot(&["tiny:trixie", "--cpus", "2"], "uname -r; nproc\n") {
+            assert!(done.out.contains("\n6.12."), "{}", done.out);
+        }
     }
 }
 
 #[test]
 fn a_32_bit_kernel() {
     if available(None, "i386") {
-        let done = boot(&["tiny:i386"], "uname -m\n");
-        assert!(done.out.contains("\ni686"), "{}", done.out);
+        for done in boot(&["tiny:i386"], "uname -m\n") {
+            assert!(done.out.contains("\ni686"), "{}", done.out);
+        }
     }
 }
 
