@@ -143,6 +143,9 @@ pub struct Run {
     /// Print what the guest did: instructions, exits by kind, time by phase
     #[arg(long, help_heading = "Looking inside")]
     pub stats: bool,
+    /// Write into this file what the engine `translate` makes of guest code: for its developers, and large
+    #[arg(long, value_name = "FILE", help_heading = "Looking inside")]
+    pub trace: Option<PathBuf>,
 }
 
 /// Reads a size: a number with K, M, G or T after it (powers of 1024), or bytes.

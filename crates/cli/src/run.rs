@@ -178,6 +178,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         memory,
         boot,
         debug_exit: args.debug_exit,
+        trace: args.trace.clone(),
     })
 }
 

@@ -119,10 +119,19 @@ fn with_translator(config: &Config, machine: &Arc<Machine>, processor: Cpuid) ->
     let apics = Apics::new(config.cpus, &machine.clock, &machine.timers);
     let irqs = Irqs::new(Arc::new(apics.clone()) as Arc<dyn LocalApics>);
     let processor = Arc::new(processor);
+    let trace = match &config.trace {
+        Some(path) => Some(translate::Trace::new(
+            std::fs::File::create(path).map_err(|e| Error::Trace(path.clone(), e))?,
+        )),
+        None => None,
+    };
     let vcpus = (0..config.cpus)
         .filter_map(|n| Some((n, apics.local(n)?)))
         .map(|(n, local)| {
-            let cpu = translate::Cpu::new(machine.clone(), local, processor.clone(), n, config.cpus)?;
+            let mut cpu = translate::Cpu::new(machine.clone(), local, processor.clone(), n, config.cpus)?;
+            if let Some(trace) = &trace {
+                cpu.set_trace(trace.clone());
+            }
             Ok(Box::new(cpu) as Box<dyn Vcpu>)
         })
         .collect::<Result<_, Error>>()?;

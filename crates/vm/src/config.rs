@@ -51,4 +51,6 @@ pub struct Config {
     pub boot: Boot,
     /// Whether the guest has the debug-exit port 0xf4.
     pub debug_exit: bool,
+    /// Where the translate engine writes down what it makes of guest code.
+    pub trace: Option<PathBuf>,
 }

@@ -18,6 +18,8 @@ pub enum Error {
     Engine { engine: &'static str, reason: String, remedy: String },
     #[error("processor model {model} needs what this host lacks ({}); choose --cpu v2", list(.missing))]
     Model { model: &'static str, missing: Features },
+    #[error("cannot write the trace to {}: {}; give --trace another file", .0.display(), .1)]
+    Trace(std::path::PathBuf, std::io::Error),
     #[error(transparent)]
     Translate(#[from] translate::Error),
     #[error(transparent)]

@@ -138,6 +138,8 @@ pub struct Output {
     pub ops: Vec<interpret::op::Op>,
     /// Guest instructions in all.
     pub instructions: u32,
+    /// Their bytes.
+    pub guest: Vec<u8>,
 }
 
 /// What comes after the block's code, out of the way.
@@ -219,10 +221,11 @@ impl<'a, 'p> Builder<'a, 'p> {
             crossing: None,
         };
         let (instructions, whole) = b.decode();
-        let live = b.liveness(&instructions);
+        let helpers: Vec<bool> = instructions.iter().map(|i| b.is_helper(i)).collect();
+        let live = b.liveness(&instructions, &helpers);
         if b.c.mode.0 & Mode::SOLO == 0 {
             let mut info = InstructionInfoFactory::new();
-            b.plan = Plan::new(&instructions, b.c.mode, &mut info, |i| b.is_helper(i));
+            b.plan = Plan::new(&instructions, &helpers, b.c.mode, &mut info);
         }
         if live[0] != 0 {
             b.flags = Flags::Memory;
@@ -236,7 +239,7 @@ impl<'a, 'p> Builder<'a, 'p> {
                 b.flags = Flags::Dead;
             }
             b.mark(false);
-            open = b.instruction(i);
+            open = if helpers[n] { b.helper(i) } else { b.instruction(i) };
         }
         if open {
             b.live = STATUS;
@@ -258,12 +261,14 @@ impl<'a, 'p> Builder<'a, 'p> {
             }
         }
         b.finish_cold();
+        let guest = instructions.iter().flat_map(|i| b.page.bytes(i).iter().copied()).collect();
         Output {
             code: b.a.code,
             marks: b.marks,
             sites: b.sites,
             ops: b.ops,
             instructions: instructions.len() as u32,
+            guest,
         }
     }
 
@@ -285,7 +290,7 @@ impl<'a, 'p> Builder<'a, 'p> {
     }
 
     /// Status flags needed before each instruction, and after the last.
-    fn liveness(&mut self, instructions: &[Instruction]) -> Vec<u32> {
+    fn liveness(&mut self, instructions: &[Instruction], helpers: &[bool]) -> Vec<u32> {
         let mut live = vec![STATUS; instructions.len() + 1];
         for (n, i) in instructions.iter().enumerate().rev() {
             let mut after = live[n + 1];
@@ -297,7 +302,7 @@ impl<'a, 'p> Builder<'a, 'p> {
                 after |= self.page.live_at(self.target(i));
             }
             live[n + 1] = after;
-            live[n] = if self.is_helper(i) { STATUS } else { after & !decode::writes(i) | decode::reads(i) };
+            live[n] = if helpers[n] { STATUS } else { after & !decode::writes(i) | decode::reads(i) };
         }
         live
     }
@@ -343,9 +348,6 @@ impl<'a, 'p> Builder<'a, 'p> {
 
     /// Rewrites one instruction. Tells whether execution can go on behind it.
     fn instruction(&mut self, i: &Instruction) -> bool {
-        if self.is_helper(i) {
-            return self.helper(i);
-        }
         if decode::is_skipped(i) {
             return true;
         }

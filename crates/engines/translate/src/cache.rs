@@ -4,6 +4,7 @@
 //! when the page's code changes nothing else has to be looked after but the table of jumps.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use interpret::op::Op;
 use memory::Memory;
@@ -16,6 +17,7 @@ use crate::decode::Page;
 use crate::frame::{Frame, at};
 use crate::host::Host;
 use crate::stubs::Stubs;
+use crate::trace::Trace;
 
 /// A block of translated code.
 pub struct Block {
@@ -56,6 +58,8 @@ pub struct Counters {
     pub instructions: u64,
     /// Pages of code thrown away because they changed.
     pub invalidated: u64,
+    /// Nanoseconds spent on translating.
+    pub nanoseconds: u64,
     /// Times that the code cache was emptied.
     pub flushes: u64,
 }
@@ -74,6 +78,8 @@ pub struct Cache {
     index: HashMap<(u64, Mode), u32>,
     straddlers: HashMap<(u64, Mode), Straddler>,
     changes: u64,
+    /// Where developers read what becomes of blocks.
+    pub trace: Option<Trace>,
     /// What happened.
     pub count: Counters,
 }
@@ -100,6 +106,7 @@ impl Cache {
             index: HashMap::new(),
             straddlers: HashMap::new(),
             changes: 0,
+            trace: None,
             count: Counters::default(),
         })
     }
@@ -298,8 +305,14 @@ impl Cache {
                 first_site: self.sites.len(),
             };
             let page = Page::new(&memory, offset, next, mode.bits(), options);
+            let begun = Instant::now();
             let output = Builder::build(context, page, (offset & 0xfff) as u16, self.buffer.next());
+            self.count.nanoseconds += begun.elapsed().as_nanos() as u64;
             if self.buffer.fits(output.code.len()) && self.sites.len() + output.sites.len() <= SITES {
+                if let Some(trace) = &self.trace {
+                    let (start, at) = ((offset & 0xfff) as u16, self.buffer.next());
+                    trace.block(offset & !0xfff, start, mode.bits(), &output.guest, at, &output.code);
+                }
                 return Ok((n, output));
             }
             self.flush(frame);

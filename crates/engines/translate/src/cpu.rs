@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use iced_x86::{Decoder, DecoderError, InstructionInfoFactory, OpAccess, Register};
 use interpret::Shutdown;
@@ -25,6 +26,7 @@ use crate::lpt::Lpt;
 use crate::seats::number;
 use crate::signal::{self, Running};
 use crate::space::Spaces;
+use crate::trace::Trace;
 
 /// Bytes of translated code that a vCPU keeps: at least, and at most.
 const CODE: (u64, u64) = (4 << 20, 64 << 20);
@@ -43,7 +45,14 @@ struct Counters {
     links: u64,
     jumps: u64,
     polls: u64,
+    /// Nanoseconds, by samples: in translated code, in what is done for it, and in devices.
+    code: u64,
+    help: u64,
+    devices: u64,
 }
+
+/// One entry into translated code in so many is timed.
+const SAMPLE: u64 = 64;
 
 /// A vCPU of the translate engine.
 pub struct Cpu {
@@ -256,8 +265,13 @@ impl Cpu {
                 self.flags_out();
                 return Ok(());
             }
-            self.enter(host);
-            host = match self.left()? {
+            let next = if self.count.entries.is_multiple_of(SAMPLE) {
+                self.timed(host)?
+            } else {
+                self.enter(host);
+                self.left()?
+            };
+            host = match next {
                 Next::Host(host) => host,
                 Next::Look => match self.again(mode, salt)? {
                     Some(host) => host,
@@ -265,6 +279,25 @@ impl Cpu {
                 },
             };
         }
+    }
+
+    /// Runs translated code, and what follows, against the clock.
+    fn timed(&mut self, host: u64) -> Result<Next, Stop> {
+        let devices = |cpu: &mut Self| cpu.vcpu.core().count.mmio + cpu.vcpu.core().count.ports;
+        let before = devices(self);
+        let begun = Instant::now();
+        self.enter(host);
+        let left = Instant::now();
+        let next = self.left();
+        let done = left.elapsed().as_nanos() as u64 * SAMPLE;
+        self.count.code += (left - begun).as_nanos() as u64 * SAMPLE;
+        *(if devices(self) == before { &mut self.count.help } else { &mut self.count.devices }) += done;
+        next
+    }
+
+    /// Has what is done written down for developers: blocks and what became of them, host faults.
+    pub fn set_trace(&mut self, trace: Trace) {
+        self.cache.trace = Some(trace);
     }
 
     /// Prepares the frame for the start of a block at RIP.
@@ -539,6 +572,10 @@ impl Cpu {
             )));
         };
         self.set_rip(mark.guest);
+        if let Some(trace) = &self.cache.trace {
+            let rip = self.vcpu.core().rip;
+            trace.say(&format!("signal {signal} at {pc:#x} for {address:#x}: the instruction at {rip:#x}"));
+        }
         if mark.flags_in_host {
             let bits = self.frame.get(at::FAULT_FLAGS);
             self.vcpu.core().lazy = Lazy::from_bits(bits);
@@ -719,6 +756,12 @@ impl Vcpu for Cpu {
             ("exits: polls", c.polls),
             ("exits: host faults", c.faults),
             ("single instructions interpreted", c.instructions),
+        ]);
+        stats.times.extend([
+            ("in translated code, by samples", c.code),
+            ("in what is done for it, by samples", c.help),
+            ("in devices, by samples", c.devices),
+            ("translating", k.nanoseconds),
         ]);
         stats
     }

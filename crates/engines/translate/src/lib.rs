@@ -29,8 +29,10 @@ mod signal;
 mod space;
 mod stubs;
 mod system;
+mod trace;
 
 pub use cpu::Cpu;
+pub use trace::Trace;
 
 /// Whether vCPUs can be made here.
 ///

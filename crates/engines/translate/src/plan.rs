@@ -95,20 +95,20 @@ struct Access {
 const SLOTS: i32 = 14;
 
 impl Plan {
-    /// Plans a block. `helper` tells which instructions the reference engine executes.
+    /// Plans a block. `helpers` tells which instructions the reference engine executes.
     pub fn new(
         instructions: &[Instruction],
+        helpers: &[bool],
         mode: Mode,
         info: &mut InstructionInfoFactory,
-        helper: impl Fn(&Instruction) -> bool,
     ) -> Self {
         let mut plan = Self::default();
         let mut open: Vec<Open> = Vec::new();
         let word = i64::from(mode.word());
-        for (n, i) in instructions.iter().enumerate() {
+        for (n, (i, &helper)) in instructions.iter().zip(helpers).enumerate() {
             let mut members = [None; 2];
             // The override of SMAP chooses another table.
-            if helper(i) || matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac) {
+            if helper || matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac) {
                 open.clear();
             } else if !is_skipped(i) {
                 for (k, access) in accesses(i, mode, word).into_iter().enumerate() {
