@@ -47,6 +47,13 @@ pub enum Flush {
     Page(u64),
 }
 
+/// The entry of a bank that a linear address belongs to. Copies often go between addresses a power of two apart, so higher
+/// bits count too.
+#[inline(always)]
+fn index(linear: u64) -> usize {
+    (linear >> 12 ^ linear >> 22) as usize & (ENTRIES - 1)
+}
+
 /// Direct-mapped, with a bank for each set of access rights.
 pub struct Tlb {
     entries: Box<[Entry; ENTRIES * BANKS]>,
@@ -92,14 +99,14 @@ impl Tlb {
     /// The entry that a linear address could be in.
     #[inline(always)]
     pub fn entry(&self, bank: usize, linear: u64) -> &Entry {
-        let page = (linear >> 12) as usize & (ENTRIES - 1);
+        let page = index(linear);
         &self.entries[(bank | page) & (ENTRIES * BANKS - 1)]
     }
 
     /// Remembers a page for loads, and for stores if `write`.
     pub fn fill(&mut self, bank: usize, linear: u64, offset: u64, write: bool, global: bool, shift: u8) {
         let tag = linear & !0xfff;
-        let page = (linear >> 12) as usize & (ENTRIES - 1);
+        let page = index(linear);
         let n = (bank | page) & (ENTRIES * BANKS - 1);
         if !self.entries[n].listed {
             self.used.push(n as u16);
@@ -218,7 +225,7 @@ impl Tlb {
         self.epoch += 1;
         let page = (linear >> 12) as usize;
         for bank in 0..BANKS {
-            let e = &mut self.entries[(bank * ENTRIES) | page & (ENTRIES - 1)];
+            let e = &mut self.entries[(bank * ENTRIES) | index(linear)];
             if e.read == linear & !0xfff {
                 *e = Entry { listed: true, ..EMPTY };
             }
