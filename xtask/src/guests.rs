@@ -20,6 +20,7 @@ pub const SUITES: &[&str] = &[
     "selfmod",
     "idiv",
     "garbage",
+    "hostile",
     "multiboot.elf32",
 ];
 

@@ -101,14 +101,18 @@ impl Alias {
         } else {
             self.protected[word].fetch_or(bit, Ordering::SeqCst);
         }
-        if self.set(page, PAGE_SIZE as usize, write) || write {
+        if self.set(page, PAGE_SIZE as usize, write) {
             return;
         }
-        // The kernel splits mappings to protect a page, and is out of them (vm.max_map_count). Nothing is writable then,
+        // The kernel splits mappings to change a page, and is out of them (vm.max_map_count). Nothing is writable then,
         // which is one mapping again; what is stored to becomes so page by page.
         let done = self.set(0, self.len, false);
         self.protected.iter().for_each(|word| word.store(u64::MAX, Ordering::SeqCst));
         assert!(done, "the host does not protect memory that it gave");
+        // A store waits for this one, and would meet the same fault for ever.
+        if write && self.set(page, PAGE_SIZE as usize, true) {
+            self.protected[word].fetch_and(!bit, Ordering::SeqCst);
+        }
     }
 
     /// Whether the page at `offset` cannot be written now.
@@ -130,5 +134,29 @@ impl Drop for Alias {
     fn drop(&mut self) {
         // SAFETY: our own mapping; engines that know its addresses hold the memory it belongs to.
         unsafe { libc::munmap(self.base.as_ptr().cast(), 2 * self.len + 3 * GUARD) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::Memory;
+
+    /// More than a process may have mappings (vm.max_map_count is 65530 by default): a store must get through all the same.
+    #[test]
+    fn a_page_becomes_writable_however_many_are() {
+        const PAGES: u64 = 70_000;
+        let memory = Memory::new((2 * PAGES) << 12, 0).unwrap();
+        let alias = memory.alias().unwrap();
+        for page in (0..2 * PAGES).step_by(2) {
+            alias.protect(page << 12, false);
+            assert!(alias.is_protected(page << 12));
+        }
+        for page in (0..2 * PAGES).step_by(2) {
+            memory.code().unprotect(page << 12);
+            if !alias.is_protected(page << 12) && page % 64 == 0 || page > 2 * PAGES - 64 {
+                // SAFETY: inside the alias; faults if the page is not what the alias says.
+                unsafe { ((alias.writable() + (page << 12)) as *mut u8).write_volatile(1) };
+            }
+        }
     }
 }

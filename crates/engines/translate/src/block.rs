@@ -86,6 +86,11 @@ pub enum Kind {
         /// What is added to RSP if the jump turns out not to have happened.
         undo: i32,
     },
+    /// A jump to an address that is not canonical, which faults.
+    Wild {
+        /// What is added to RSP, for the jump does not happen.
+        undo: i32,
+    },
     /// A jump to an address in the same page, not yet linked: the four bytes at the host address are its distance.
     Link,
     /// Somebody rang.

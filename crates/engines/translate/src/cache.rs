@@ -84,8 +84,10 @@ pub struct Cache {
     pub count: Counters,
 }
 
-/// Sites at most, so that their numbers stay small and the bookkeeping bounded.
-const SITES: usize = 1 << 22;
+/// Bytes of code for each site, and for each block, below which the cache counts as full: what is known about code is bounded
+/// by the code's own size. Usual code has twice as many and more.
+const SITE: usize = 24;
+const BLOCK: usize = 64;
 
 impl Cache {
     /// An empty cache of `size` bytes.
@@ -111,9 +113,10 @@ impl Cache {
         })
     }
 
-    /// Host addresses of code.
-    pub fn range(&self) -> (u64, u64) {
-        self.buffer.range()
+    /// Host addresses of translated code: without the stubs, whose faults are never a guest's.
+    pub fn blocks(&self) -> (u64, u64) {
+        let (first, last) = self.buffer.range();
+        (first + self.keep as u64, last)
     }
 
     /// Bytes of code.
@@ -308,7 +311,7 @@ impl Cache {
             let begun = Instant::now();
             let output = Builder::build(context, page, (offset & 0xfff) as u16, self.buffer.next());
             self.count.nanoseconds += begun.elapsed().as_nanos() as u64;
-            if self.buffer.fits(output.code.len()) && self.sites.len() + output.sites.len() <= SITES {
+            if self.buffer.fits(output.code.len()) && self.has_room(output.sites.len()) {
                 if let Some(trace) = &self.trace {
                     let (start, at) = ((offset & 0xfff) as u16, self.buffer.next());
                     trace.block(offset & !0xfff, start, mode.bits(), &output.guest, at, &output.code);
@@ -318,6 +321,13 @@ impl Cache {
             self.flush(frame);
         }
         Err(Error::Space)
+    }
+
+    /// Whether a block with so many sites may still be described.
+    fn has_room(&self, sites: usize) -> bool {
+        let (first, last) = self.buffer.range();
+        let size = (last - first) as usize;
+        self.sites.len() + sites <= size / SITE && self.blocks.len() < size / BLOCK
     }
 
     fn keep(&mut self, page: u32, output: Output) -> u64 {

@@ -92,7 +92,7 @@ impl Builder<'_, '_> {
             FlowControl::IndirectBranch => {
                 self.flags_to_memory();
                 self.load_operand(i);
-                self.jump(0);
+                self.jump_anywhere(0);
             }
             FlowControl::IndirectCall => {
                 self.flags_to_memory();
@@ -100,13 +100,14 @@ impl Builder<'_, '_> {
                 self.a.store(frame(at::TARGET), reg::T);
                 self.push_return(i);
                 self.a.load(reg::T, frame(at::TARGET));
-                self.jump(self.c.mode.word());
+                self.jump_anywhere(self.c.mode.word());
             }
             _ => {
+                self.flags_to_memory();
                 self.pop_to_t();
                 let more = if i.op_count() > 0 { i32::from(i.immediate16()) } else { 0 };
                 self.move_stack(self.c.mode.word() + more);
-                self.jump(-self.c.mode.word() - more);
+                self.jump_anywhere(-self.c.mode.word() - more);
             }
         }
         false
@@ -222,7 +223,21 @@ impl Builder<'_, '_> {
         self.jump(0);
     }
 
-    /// Goes on at the linear address in RDI. The flags are in memory.
+    /// Goes on at the linear address in RDI, which the guest chose. One that is not canonical must not get to the table of
+    /// jumps: with the salt added it could be what another address has with another salt.
+    fn jump_anywhere(&mut self, undo: i32) {
+        if self.c.mode.wide() {
+            self.a.load(reg::U, frame(at::HALF));
+            self.a.add64(reg::U, reg::T);
+            self.a.raw(&[0x48, 0xc1, 0xee, 48]); // SHR RSI, 48
+            let from = self.a.jump_if(cc::NZ);
+            let site = self.site(Kind::Wild { undo }, self.guest, 0);
+            self.cold.push(Cold::Leave { from: vec![from], site });
+        }
+        self.jump(undo);
+    }
+
+    /// Goes on at the linear address in RDI, which is canonical or directly behind such. The flags are in memory.
     fn jump(&mut self, undo: i32) {
         let entry =
             |field: i32| Mem { base: Some(reg::RSP), index: Some((reg::U, 3)), disp: at::JUMPS + field };

@@ -109,7 +109,7 @@ impl Cpu {
             memory,
             host,
             frame,
-            spaces: Spaces::new()?,
+            spaces: Spaces::new(count)?,
             cache: Cache::new(code as usize, host)?,
             alias,
             gs: 0,
@@ -412,6 +412,12 @@ impl Cpu {
                 self.flags_out();
                 self.interpret()
             }
+            Kind::Wild { undo } => {
+                self.flags_out();
+                let core = self.vcpu.core();
+                core.r[4] = core.r[4].wrapping_add(undo as u64);
+                self.interpret()
+            }
             Kind::Link => self.link(site),
             Kind::Stale => {
                 let tag = self.linear().wrapping_add(self.frame.get(at::OWN_SALT));
@@ -555,8 +561,7 @@ impl Cpu {
             }
         }
         self.count.fills += 1;
-        self.table().fill(linear, host, m.global, m.shift);
-        true
+        self.table().fill(linear, host, m.global, m.shift)
     }
 
     /// A fault of the host's processor.
@@ -588,7 +593,8 @@ impl Cpu {
             if self.store_fault(address) && mark.access {
                 return Ok(Next::Host(host));
             }
-        } else if signal == libc::SIGSEGV && address != 0 {
+        } else if signal == libc::SIGSEGV && address != 0 && address >> 47 == 0 {
+            // (What is not canonical for 48 bits is the guest's fault; a host with 57 tells its address.)
             let rip = self.vcpu.core().rip;
             return Err(Stop::Bug(format!(
                 "an access to {address:#x} for the instruction at {rip:#x} left guest memory"
@@ -692,13 +698,15 @@ impl Vcpu for Cpu {
     fn run(&mut self) -> Result<Exit, CpuError> {
         let core = self.vcpu.core();
         let (registers, simd) = (core.r.as_ptr() as u64, std::ptr::from_ref(&core.fpu) as u64);
+        let rip = std::ptr::from_ref(&core.rip) as u64;
         self.frame.set(at::REGISTERS, registers);
         self.frame.set(at::SIMD, simd);
         self.gs = 0;
         signal::prepare(Running {
-            range: self.cache.range(),
+            range: self.cache.blocks(),
             frame: self.frame.base() as u64,
             exit: self.cache.stubs.fault,
+            rip,
         });
         let result = loop {
             match self.step() {

@@ -73,6 +73,8 @@ pub mod at {
     pub const TABLE: i32 = 204;
     /// See [`TABLE`].
     pub const TABLE_AC: i32 = 212;
+    /// 2^47, which added to a canonical address gives one of 48 bits.
+    pub const HALF: i32 = 220;
     /// The table of jumps: entries of 16 bytes, salted linear address and host address.
     pub const JUMPS: i32 = 0x1004;
 }
@@ -137,6 +139,7 @@ impl Frame {
         let base = unsafe { map.0.as_ptr().add(base - start) };
         let frame = Self { base, map };
         frame.set32(at::MXCSR, 0x1f80);
+        frame.set(at::HALF, 1 << 47);
         frame.clear_jump(0);
         Ok(frame)
     }

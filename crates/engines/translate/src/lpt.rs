@@ -5,6 +5,7 @@
 //! are, so that it never reads beside it. An entry of 0 says: ask. Any other is host address minus linear address, so that
 //! an address that is not canonical leads to a host address that is not either, which faults.
 
+use std::collections::HashSet;
 use std::ptr::NonNull;
 
 use crate::Error;
@@ -30,6 +31,8 @@ struct Region {
 pub struct Lpt {
     base: NonNull<u64>,
     used: Vec<Region>,
+    /// Numbers of all regions for which the host gave memory, in use or not.
+    touched: HashSet<u64>,
     /// Numbers of the 1 GiB ranges with entries from guest pages of that size.
     huge: Vec<u64>,
     last: usize,
@@ -61,7 +64,7 @@ impl Lpt {
             libc::madvise(base, SIZE, libc::MADV_NOHUGEPAGE);
         }
         let base = NonNull::new(base.cast()).ok_or(Error::Space)?;
-        Ok(Self { base, used: Vec::new(), huge: Vec::new(), last: 0 })
+        Ok(Self { base, used: Vec::new(), touched: HashSet::new(), huge: Vec::new(), last: 0 })
     }
 
     /// Address of the table: GS base of translated code.
@@ -80,13 +83,16 @@ impl Lpt {
         unsafe { self.entry(page(linear)).read() }
     }
 
-    /// Fills the entry of `linear`, whose page's bytes lie at `host`.
-    pub fn fill(&mut self, linear: u64, host: u64, global: bool, shift: u8) {
+    /// Fills the entry of `linear`, whose page's bytes lie at `host`. False where the guest's address is the host's own, which
+    /// an entry cannot say: such a page is not filled.
+    #[must_use]
+    pub fn fill(&mut self, linear: u64, host: u64, global: bool, shift: u8) -> bool {
+        let entry = host.wrapping_sub(linear & !0xfff);
+        if entry == 0 {
+            return false;
+        }
         let page = page(linear);
         let number = page / REGION;
-        if shift >= 30 && !self.huge.contains(&(page >> 18)) {
-            self.huge.push(page >> 18);
-        }
         let region = match self.used.get_mut(self.last) {
             Some(r) if r.number == number => r,
             _ => self.region(number),
@@ -94,7 +100,12 @@ impl Lpt {
         region.local |= !global;
         region.large |= shift > 12;
         // SAFETY: inside the mapping.
-        unsafe { self.entry(page).write(host.wrapping_sub(linear & !0xfff)) };
+        unsafe { self.entry(page).write(entry) };
+        // Behind the search for the region, which may empty the table.
+        if shift >= 30 && !self.huge.contains(&(page >> 18)) {
+            self.huge.push(page >> 18);
+        }
+        true
     }
 
     fn region(&mut self, number: u64) -> &mut Region {
@@ -102,10 +113,11 @@ impl Lpt {
         self.last = match found {
             Some(i) => i,
             None => {
-                if self.used.len() >= MOST {
+                if self.touched.len() >= MOST && !self.touched.contains(&number) {
                     self.flush_all();
                     self.release();
                 }
+                self.touched.insert(number);
                 self.used.push(Region { number, local: false, large: false });
                 self.used.len() - 1
             }
@@ -118,6 +130,7 @@ impl Lpt {
     fn release(&mut self) {
         // SAFETY: our own private mapping; it reads as zeros afterwards, which is an empty table.
         unsafe { libc::madvise(self.base.as_ptr().cast(), SIZE, libc::MADV_DONTNEED) };
+        self.touched.clear();
     }
 
     fn clear(&self, number: u64) {
@@ -146,6 +159,9 @@ impl Lpt {
         });
         self.used = kept;
         self.last = 0;
+        if self.used.is_empty() {
+            self.huge.clear();
+        }
     }
 
     /// Drops the entries of the guest page that `linear` is in.
@@ -195,8 +211,8 @@ mod tests {
     fn entries_come_and_go() {
         let mut t = Lpt::new().unwrap();
         let (user, kernel) = (0x7fff_ffff_f123, 0xffff_8880_0020_0000u64);
-        t.fill(user, 0x5555_0000_0000, false, 12);
-        t.fill(kernel, 0x5555_0020_0000, true, 21);
+        assert!(t.fill(user, 0x5555_0000_0000, false, 12));
+        assert!(t.fill(kernel, 0x5555_0020_0000, true, 21));
         assert_eq!(t.get(user).wrapping_add(user), 0x5555_0000_0123);
         assert_eq!(t.get(kernel).wrapping_add(kernel), 0x5555_0020_0000);
         t.flush_local();
@@ -209,11 +225,44 @@ mod tests {
     #[test]
     fn a_page_of_a_gibibyte_goes_at_once() {
         let mut t = Lpt::new().unwrap();
-        t.fill(0x4000_0000, 0x10_0000_0000, true, 30);
-        t.fill(0x7fff_f000, 0x10_3fff_f000, true, 30);
-        t.fill(0x8000_0000, 0x10_4000_0000, true, 30);
+        assert!(t.fill(0x4000_0000, 0x10_0000_0000, true, 30));
+        assert!(t.fill(0x7fff_f000, 0x10_3fff_f000, true, 30));
+        assert!(t.fill(0x8000_0000, 0x10_4000_0000, true, 30));
         t.flush_page(0x5000_0000);
         assert_eq!((t.get(0x4000_0000), t.get(0x7fff_f000)), (0, 0));
         assert_ne!(t.get(0x8000_0000), 0);
+    }
+
+    #[test]
+    fn what_a_guest_touches_and_forgets_is_given_back_to_the_host() {
+        let mut t = Lpt::new().unwrap();
+        for n in 0..20 * MOST as u64 {
+            assert!(t.fill(n << 21, 0x5555_0000_0000, false, 12));
+            if n % 100 == 0 {
+                t.flush_local();
+            }
+            assert!(t.touched.len() <= MOST);
+        }
+        assert_eq!(t.get(0), 0);
+        assert_ne!(t.get((20 * MOST as u64 - 1) << 21), 0);
+    }
+
+    #[test]
+    fn an_entry_never_says_ask_once_it_is_filled() {
+        let mut t = Lpt::new().unwrap();
+        assert!(!t.fill(0x7f12_3456_7abc, 0x7f12_3456_7000, false, 12));
+        assert_eq!((t.get(0x7f12_3456_7000), t.used.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_page_of_a_gibibyte_goes_at_once_after_the_table_was_emptied_for_it() {
+        let mut t = Lpt::new().unwrap();
+        for n in 0..MOST as u64 {
+            assert!(t.fill(n << 21, 0x5555_0000_0000, true, 12));
+        }
+        let huge = 0x4000_0000_0000;
+        assert!(t.fill(huge, 0x10_0000_0000, true, 30));
+        t.flush_page(huge + 0x3000_0000);
+        assert_eq!(t.get(huge), 0);
     }
 }

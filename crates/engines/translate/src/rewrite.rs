@@ -443,7 +443,10 @@ impl Builder<'_, '_> {
     pub fn load_operand(&mut self, i: &Instruction) {
         if i.op0_kind() == OpKind::Register {
             let r = self.seated(number(i.op0_register()), reg::T);
-            if r != reg::T {
+            // Code of 32 bits may find the upper halves of registers as code of 64 bits left them.
+            if !self.c.mode.wide() {
+                self.a.mov32(reg::T, r);
+            } else if r != reg::T {
                 self.a.mov(reg::T, r);
             }
             return;

@@ -14,6 +14,8 @@ use crate::lpt::Lpt;
 
 /// Spaces that are kept at most; Linux uses six.
 const MOST: usize = 8;
+/// Spaces of all vCPUs together: each takes 1.5 TiB of the 128 TiB of addresses that the host has for us.
+const TOGETHER: usize = 40;
 /// Linear pages with code that are remembered at most.
 const PAGES: usize = 1 << 16;
 /// Salts that there are.
@@ -50,6 +52,8 @@ impl Space {
 /// All address spaces of a vCPU.
 pub struct Spaces {
     spaces: Vec<Space>,
+    /// Spaces at most.
+    most: usize,
     now: usize,
     time: u64,
     next_salt: u16,
@@ -63,13 +67,14 @@ pub struct Spaces {
 }
 
 impl Spaces {
-    /// One space, empty.
+    /// One space, empty, for one of `vcpus`.
     ///
     /// # Errors
     /// The host lacks address space.
-    pub fn new() -> Result<Self, Error> {
+    pub fn new(vcpus: u32) -> Result<Self, Error> {
         Ok(Self {
             spaces: vec![Space::new(0)?],
+            most: (TOGETHER / vcpus.max(1) as usize).clamp(1, MOST),
             now: 0,
             time: 0,
             next_salt: 2,
@@ -175,7 +180,7 @@ impl Spaces {
             if !keep {
                 self.spaces[n].flush_local();
             }
-        } else if self.spaces.len() < MOST
+        } else if self.spaces.len() < self.most
             && let Ok(space) = Space::new(pcid)
         {
             self.spaces.push(space);
