@@ -1,4 +1,4 @@
-//! The bare-metal guests of `guests/bare` pass on the reference engine, and the same under QEMU. (On KVM: `cargo xtask nested`.)
+//! The bare-metal guests of `guests/bare` pass on both software engines, and the same under QEMU. (On KVM: `cargo xtask nested`.)
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -17,27 +17,24 @@ fn guest(name: &str) -> PathBuf {
     path
 }
 
-/// Runs a guest on the interpreter, and its checks under QEMU, where that is.
+/// Runs a guest on an engine of software.
 #[track_caller]
-fn passes(name: &str) {
+fn passes_on(engine: &str, name: &str, cpus: &str) {
     let path = guest(name);
-    let args = [
-        "run",
-        "--engine",
-        "interpret",
-        "--cpus",
-        "2",
-        "--memory",
-        "128M",
-        "--debug-exit",
-        "--no-reboot",
-        "--kernel",
-    ];
-    let args: Vec<String> =
-        args.iter().map(ToString::to_string).chain([path.display().to_string()]).collect();
+    let mut args: Vec<String> = ["run", "--engine", engine, "--cpus", cpus].map(Into::into).into();
+    args.extend(["--memory", "128M", "--debug-exit", "--no-reboot", "--kernel"].map(Into::into));
+    args.push(path.display().to_string());
     let done = start(&args, "").wait(PATIENCE).expect(PASSED);
     assert!(!done.out.lines().any(|l| l.starts_with("FAIL")), "{}", done.out);
+}
 
+/// Runs a guest on the software engines, and its checks under QEMU, where that is.
+#[track_caller]
+fn passes(name: &str) {
+    for engine in ["interpret", "translate"] {
+        passes_on(engine, name, "2");
+    }
+    let path = guest(name);
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         println!("skipped under QEMU: it is not installed");
         return;
@@ -69,14 +66,23 @@ suites! {
     smp = "smp";
     self_modifying_code = "selfmod";
     smallest_integer_by_minus_one = "idiv";
+    hostile = "hostile";
     garbage_in_every_register = "garbage";
     multiboot = "multiboot.elf32";
 }
 
 #[test]
+fn smp_with_more_processors() {
+    for cpus in ["3", "4"] {
+        passes_on("translate", "smp", cpus);
+    }
+}
+
+#[test]
 fn a_triple_fault_ends_the_run() {
-    let path = guest("triplefault");
-    let mut command = Command::new(lodge());
-    command.args(["run", "--engine", "interpret", "--kernel"]).arg(path);
-    start_with(&mut command, "").wait(PATIENCE).expect(6);
+    for engine in ["interpret", "translate"] {
+        let mut command = Command::new(lodge());
+        command.args(["run", "--engine", engine, "--kernel"]).arg(guest("triplefault"));
+        start_with(&mut command, "").wait(PATIENCE).expect(6);
+    }
 }
