@@ -113,6 +113,11 @@ impl Cache {
         })
     }
 
+    /// Host addresses of code.
+    pub fn range(&self) -> (u64, u64) {
+        self.buffer.range()
+    }
+
     /// Host addresses of translated code: without the stubs, whose faults are never a guest's.
     pub fn blocks(&self) -> (u64, u64) {
         let (first, last) = self.buffer.range();
