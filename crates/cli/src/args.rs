@@ -140,6 +140,9 @@ pub struct Run {
     /// Wait for gdb at this address, such as 127.0.0.1:1234
     #[arg(long, value_name = "ADDR", help_heading = "Looking inside")]
     pub gdb: Option<SocketAddr>,
+    /// Check every block of the translate engine against the reference engine (for developers)
+    #[arg(long, hide_short_help = true, help_heading = "Looking inside")]
+    pub lockstep: bool,
     /// Print what the guest did: instructions, exits by kind, time by phase
     #[arg(long, help_heading = "Looking inside")]
     pub stats: bool,

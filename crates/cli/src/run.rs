@@ -174,6 +174,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
             Cpu::V3 => Model::V3,
             Cpu::Host => Model::Host,
         }),
+        lockstep: args.lockstep,
         cpus: args.cpus.or(file.cpus).unwrap_or(1),
         memory,
         boot,

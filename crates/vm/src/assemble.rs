@@ -78,6 +78,9 @@ fn check(config: &Config) -> Result<(), Error> {
     if !(1..=255).contains(&config.cpus) {
         return Err(Error::Cpus(config.cpus));
     }
+    if config.lockstep && (config.engine != crate::Choice::Translate || config.cpus != 1) {
+        return Err(Error::Lockstep);
+    }
     if config.memory < 4 << 20 {
         return Err(Error::MemorySmall(config.memory >> 20));
     }
@@ -131,6 +134,9 @@ fn with_translator(config: &Config, machine: &Arc<Machine>, processor: Cpuid) ->
             let mut cpu = translate::Cpu::new(machine.clone(), local, processor.clone(), n, config.cpus)?;
             if let Some(trace) = &trace {
                 cpu.set_trace(trace.clone());
+            }
+            if config.lockstep {
+                cpu.lockstep();
             }
             Ok(Box::new(cpu) as Box<dyn Vcpu>)
         })

@@ -43,6 +43,8 @@ pub struct Config {
     pub engine: Choice,
     /// Processor model; the best that the host has if absent: v3, else v2.
     pub model: Option<Model>,
+    /// The reference engine checks every block of the translate engine.
+    pub lockstep: bool,
     /// Virtual processors, 1 to 255.
     pub cpus: u32,
     /// Bytes of RAM; a multiple of 1 MiB.

@@ -8,6 +8,8 @@ use x86::cpuid::Features;
 pub enum Error {
     #[error("a guest needs 1 to 255 processors, not {0}; give --cpus a number in between")]
     Cpus(u32),
+    #[error("--lockstep works with --engine translate and one processor; give --engine translate --cpus 1")]
+    Lockstep,
     #[error("{0} MiB is too little memory for a guest; give --memory at least 4M")]
     MemorySmall(u64),
     #[error("a memory of {0} bytes is no whole number of MiB; give --memory in M or G")]
@@ -42,6 +44,7 @@ impl Error {
         matches!(
             self,
             Self::Cpus(_)
+                | Self::Lockstep
                 | Self::MemorySmall(_)
                 | Self::MemoryOdd(_)
                 | Self::MemoryLarge(..)

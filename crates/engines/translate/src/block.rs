@@ -168,6 +168,8 @@ pub struct Context<'a> {
     pub find: &'a dyn Fn(u16) -> Option<u64>,
     /// The block is one instruction, which reaches into the next page: it is linked to nothing.
     pub alone: bool,
+    /// Blocks are linked to nothing.
+    pub unlinked: bool,
     /// Number of the block.
     pub block: u32,
     /// Number of its first site.

@@ -74,6 +74,16 @@ impl Buffer {
         self.used = (self.used + code.len()).next_multiple_of(16).min(self.size);
     }
 
+    /// The `len` bytes at the executable address `at`; none if they are not all in use.
+    pub fn bytes(&self, at: u64, len: usize) -> &[u8] {
+        let offset = at.wrapping_sub(self.execute as u64) as usize;
+        if offset.checked_add(len).is_none_or(|end| end > self.used) {
+            return &[];
+        }
+        // SAFETY: inside the part in use, which nobody writes while `self` is borrowed.
+        unsafe { std::slice::from_raw_parts(self.write.add(offset), len) }
+    }
+
     /// Replaces the four bytes at the executable address `at`: a branch's distance.
     pub fn patch(&mut self, at: u64, value: i32) {
         let offset = at.wrapping_sub(self.execute as u64) as usize;

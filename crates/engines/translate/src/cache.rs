@@ -80,6 +80,7 @@ pub struct Cache {
     changes: u64,
     /// Where developers read what becomes of blocks.
     pub trace: Option<Trace>,
+    unlinked: bool,
     /// What happened.
     pub count: Counters,
 }
@@ -109,6 +110,7 @@ impl Cache {
             straddlers: HashMap::new(),
             changes: 0,
             trace: None,
+            unlinked: false,
             count: Counters::default(),
         })
     }
@@ -309,6 +311,7 @@ impl Cache {
                 vcpu,
                 find: &|at| entries.get(&at).copied(),
                 alone: next.is_some(),
+                unlinked: self.unlinked,
                 block: self.blocks.len() as u32,
                 first_site: self.sites.len(),
             };
@@ -359,8 +362,23 @@ impl Cache {
         Some(target)
     }
 
+    /// From now on blocks are linked to nothing, so that each is left at its end.
+    pub fn keep_unlinked(&mut self) {
+        self.unlinked = true;
+    }
+
+    /// Start and bytes of the block at a host address.
+    pub fn code(&self, host: u64) -> Option<(u64, &[u8])> {
+        let n = self.blocks.partition_point(|b| b.host <= host).checked_sub(1)?;
+        let block = &self.blocks[n];
+        Some((block.host, self.buffer.bytes(block.host, block.len as usize)))
+    }
+
     /// Lets the branch of a site lead to the code at `host`.
     pub fn patch(&mut self, site: &Site, host: u64) {
+        if self.unlinked {
+            return;
+        }
         self.buffer.patch(site.host, host.wrapping_sub(site.host + 4) as i32);
     }
 

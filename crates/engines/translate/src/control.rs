@@ -206,7 +206,13 @@ impl Builder<'_, '_> {
     /// Lets a branch lead to a block of this page, now or when there is one.
     fn link(&mut self, from: crate::asm::Fixup, target: u16) {
         let own = target == self.start && self.c.mode == self.c.mode.linked();
-        let known = if own { Some(self.a.base) } else { (self.c.find)(target) };
+        let known = if self.c.unlinked {
+            None
+        } else if own {
+            Some(self.a.base)
+        } else {
+            (self.c.find)(target)
+        };
         match known {
             Some(host) => self.a.point(from, host),
             None => {
@@ -256,7 +262,7 @@ impl Builder<'_, '_> {
 }
 
 /// Whether an indirect branch goes through a far pointer.
-fn is_far(i: &Instruction) -> bool {
+pub fn is_far(i: &Instruction) -> bool {
     use iced_x86::Code as C;
     matches!(
         i.code(),

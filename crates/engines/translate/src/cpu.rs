@@ -1,5 +1,7 @@
 //! The run loop: into translated code, and what to do when it is left.
 
+mod lockstep;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -69,6 +71,7 @@ pub struct Cpu {
     info: InstructionInfoFactory,
     /// How often stores hit pages with code.
     hits: HashMap<u64, u32>,
+    lock: Option<Box<lockstep::Lockstep>>,
 }
 
 /// Where to go on.
@@ -116,6 +119,7 @@ impl Cpu {
             count: Counters::default(),
             info: InstructionInfoFactory::new(),
             hits: HashMap::new(),
+            lock: None,
         })
     }
 
@@ -268,7 +272,7 @@ impl Cpu {
             let next = if self.count.entries.is_multiple_of(SAMPLE) {
                 self.timed(host)?
             } else {
-                self.enter(host);
+                self.enter(host)?;
                 self.left()?
             };
             host = match next {
@@ -286,7 +290,7 @@ impl Cpu {
         let devices = |cpu: &mut Self| cpu.vcpu.core().count.mmio + cpu.vcpu.core().count.ports;
         let before = devices(self);
         let begun = Instant::now();
-        self.enter(host);
+        self.enter(host)?;
         let left = Instant::now();
         let next = self.left();
         let done = left.elapsed().as_nanos() as u64 * SAMPLE;
@@ -318,7 +322,16 @@ impl Cpu {
         Ok(Some(host))
     }
 
-    fn enter(&mut self, host: u64) {
+    #[inline]
+    fn enter(&mut self, host: u64) -> Result<(), Stop> {
+        if self.lock.is_some() {
+            return self.enter_lockstep(host);
+        }
+        self.enter_code(host);
+        Ok(())
+    }
+
+    fn enter_code(&mut self, host: u64) {
         let core = self.vcpu.core();
         let (fs, gs) = (core.r[usize::from(slot::FS)], core.r[usize::from(slot::GS)]);
         let smap = core.s.cr4 & cr4::SMAP != 0;
@@ -771,6 +784,9 @@ impl Vcpu for Cpu {
             ("in devices, by samples", c.devices),
             ("translating", k.nanoseconds),
         ]);
+        if let Some(lock) = &self.lock {
+            lock.stats(&mut stats);
+        }
         stats
     }
 }
