@@ -576,8 +576,7 @@ fn differences(cpu: &mut Cpu, trace: &Trace, s: &State, exit: &Exit, flags: Opti
     }
     let (ymm, mxcsr) = &trace.simd[s.simd];
     for n in (0..16).filter(|&n| core.fpu.ymm[n] != ymm[n]) {
-        for half in 0..2 {
-            let (is, should) = (core.fpu.ymm[n][half], ymm[n][half]);
+        for (half, (&is, &should)) in core.fpu.ymm[n].iter().zip(&ymm[n]).enumerate() {
             check(&|| format!("YMM{n}[{}]", 2 * half), is as u64, should as u64);
             check(&|| format!("YMM{n}[{}]", 2 * half + 1), (is >> 64) as u64, (should >> 64) as u64);
         }
