@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bed;
+mod boots;
 mod guests;
 mod nested;
 mod packages;
@@ -29,6 +30,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Boot stock kernels many times in a row
+    Boots(boots::Args),
     /// Boot the nested bed, where KVM works on every host, and run Lodge in it
     Nested(nested::Args),
 }
@@ -42,6 +45,7 @@ fn main() -> anyhow::Result<()> {
             println!("{}", guests::build_work()?.display());
             Ok(())
         }
+        Command::Boots(args) => boots::run(&args),
         Command::Nested(args) => nested::run(&args),
     }
 }
