@@ -60,6 +60,7 @@ suites! {
     hello = "hello";
     faults = "faults";
     descriptors = "descriptors";
+    virtual_8086_mode_and_16_bit_tasks = "v8086";
     debug = "debug";
     time = "time";
     interrupts = "interrupts";

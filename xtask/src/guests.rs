@@ -13,6 +13,7 @@ pub const SUITES: &[&str] = &[
     "hello",
     "faults",
     "descriptors",
+    "v8086",
     "debug",
     "time",
     "interrupts",

@@ -21,6 +21,7 @@ pub mod runtime;
 pub mod segments;
 pub mod serial;
 pub mod smp;
+pub mod task;
 pub mod timer;
 pub mod trap;
 

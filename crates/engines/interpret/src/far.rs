@@ -197,7 +197,7 @@ fn to_task(c: &mut Core, d: &Descriptor, selector: u16, why: Why, op: &Op) -> Re
     };
     let start = c.rip;
     c.rip = c.next_rip(op);
-    match c.task_switch(tss, why, None) {
+    match c.switch_by_instruction(tss, why) {
         Ok(()) => Ok(Flow::Jump),
         Err(e) => {
             c.rip = start;

@@ -9,6 +9,7 @@ use crate::core::{Core, attention};
 use crate::mmu::canonical;
 use crate::op::{Fault, Flow, Op, Result};
 use crate::segment::{kind, null_stack, v8086};
+use crate::task::Why;
 use crate::word::Word;
 
 /// Where an event comes from.
@@ -204,9 +205,7 @@ impl Core {
         let mut d = match self.descriptor(selector, vector::GP) {
             Ok(d) => d,
             Err(e) => {
-                if self.exception.vector == vector::GP {
-                    self.exception.error_code = self.exception.error_code.map(|c| c | external);
-                }
+                self.meets_delivery(external);
                 return Err(e);
             }
         };
@@ -336,8 +335,7 @@ impl Core {
         }
         let selector = (gate >> 16) as u16;
         if k == kind::TASK_GATE {
-            self.rflags |= rf;
-            return self.task_switch(selector, crate::task::Why::Interrupt, code);
+            return self.deliver_to_task(selector, source, code, rf);
         }
         let wide = k & 8 != 0;
         let target = if wide { gate & 0xffff | gate >> 32 & 0xffff_0000 } else { gate & 0xffff };
@@ -358,7 +356,7 @@ impl Core {
             let ss = match self.stack_segment(selector, cpl, vector::TS) {
                 Ok(ss) => ss,
                 Err(e) => {
-                    self.exception.error_code = self.exception.error_code.map(|c| c | external);
+                    self.meets_delivery(external);
                     return Err(e);
                 }
             };
@@ -396,6 +394,26 @@ impl Core {
         self.set_cpl(cpl);
         self.rip = target;
         Ok(())
+    }
+
+    fn deliver_to_task(&mut self, selector: u16, source: Source, code: Option<u32>, rf: u64) -> Result<()> {
+        if source == Source::Software {
+            return self.switch_by_instruction(selector, Why::Interrupt);
+        }
+        self.rflags |= rf;
+        let result = self.task_switch(selector, Why::Interrupt, code).and_then(|begun| begun);
+        if result.is_err() {
+            self.meets_delivery(1);
+        }
+        result
+    }
+
+    /// Notes in the exception that an event's delivery has met whether that event was external to the program.
+    fn meets_delivery(&mut self, external: u32) {
+        // Bit 0 of a page fault's code is something else.
+        if self.exception.vector != vector::PF {
+            self.exception.error_code = self.exception.error_code.map(|c| c | external);
+        }
     }
 
     /// Flags that POPF and IRET may change at the current privilege.
@@ -460,7 +478,7 @@ pub fn iret<T: Word>(c: &mut Core, op: &Op) -> Result<Flow> {
         }
         c.rip = c.next_rip(op);
         let link = c.read_system::<u16>(c.s.tr.base)?;
-        c.task_switch(link, crate::task::Why::Return, None)?;
+        c.switch_by_instruction(link, Why::Return)?;
         return Ok(Flow::Jump);
     }
     let rip = c.stack_read::<T>(0)?.u();

@@ -6,7 +6,7 @@ use x86::gpr::RSP;
 use x86::segment::{attr, index};
 use x86::{Segment, flags};
 
-use crate::core::Core;
+use crate::core::{Core, attention};
 use crate::op::Result;
 use crate::segment::{kind, v8086};
 
@@ -42,7 +42,10 @@ const NARROW: Layout =
 
 impl Core {
     /// Switches to the task of TSS `selector`. RIP must be that of the next instruction.
-    pub fn task_switch(&mut self, selector: u16, why: Why, code: Option<u32>) -> Result<()> {
+    ///
+    /// # Errors
+    /// Outside: nothing has changed. Inside: the new task has begun, and the fault is its own.
+    pub fn task_switch(&mut self, selector: u16, why: Why, code: Option<u32>) -> Result<Result<()>> {
         let v = if why == Why::Return { vector::TS } else { vector::GP };
         if selector & 4 != 0 || selector & !3 == 0 {
             return self.selector_fault(v, selector);
@@ -85,7 +88,28 @@ impl Core {
         self.s.cr0 |= cr0::TS;
         self.s.dr7 &= !0x155;
         self.breakpoints_changed();
-        self.enter_task(&image, &layout, nests)?;
+        Ok(self.begin_task(new, &image, &layout, nests, code))
+    }
+
+    /// A task switch by an instruction, which a fault of the new task is none of: it comes before the task's first one.
+    pub fn switch_by_instruction(&mut self, selector: u16, why: Why) -> Result<()> {
+        let begun = self.task_switch(selector, why, None)?;
+        if begun.is_err() {
+            self.s.events.exception = Some(self.exception);
+            self.attend(attention::EVENT, true);
+        }
+        Ok(())
+    }
+
+    fn begin_task(
+        &mut self,
+        tss: u64,
+        image: &Image,
+        layout: &Layout,
+        nests: bool,
+        code: Option<u32>,
+    ) -> Result<()> {
+        self.enter_task(image, layout, nests)?;
         if let Some(code) = code {
             if layout.word == 4 {
                 self.push(code)?
@@ -93,7 +117,7 @@ impl Core {
                 self.push(code as u16)?
             };
         }
-        if k & 8 != 0 && self.read_system::<u16>(new.wrapping_add(0x64))? & 1 != 0 {
+        if layout.word == 4 && self.read_system::<u16>(tss.wrapping_add(0x64))? & 1 != 0 {
             self.s.dr6 |= x86::control::dr6::BT;
             return self.raise(x86::Exception::new(vector::DB));
         }

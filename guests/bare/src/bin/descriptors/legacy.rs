@@ -1,11 +1,12 @@
 //! Without long mode: hardware task switches (SDM 3A, chapter 7), and real mode.
 
 use bare::{
-    code, cpu,
+    code,
     legacy::{self, LegacyTrap},
     paging::{frame, read},
     report::Report,
-    segments::{CODE32, DATA, FREE, segment, set_gdt, set_system},
+    segments::{CODE32, FREE, segment, set_gdt},
+    task::{LINK, Task, wide},
 };
 
 /// Selectors of two tasks.
@@ -131,112 +132,66 @@ pub fn run(t: &mut Report) {
     real_mode(t);
 }
 
-// Double words of a 32-bit TSS.
-const LINK: usize = 0;
-const CR3: usize = 7;
-const EIP: usize = 8;
-const EFLAGS: usize = 9;
-const EBX: usize = 13;
-const ESP: usize = 14;
-const ESI: usize = 16;
-const ES: usize = 18;
-const CS: usize = 19;
-
-fn tss(task: u16) -> *mut u32 {
-    frame(if task == TASK_A { 10 } else { 11 }) as *mut u32
-}
-
-fn field(task: u16, n: usize) -> u32 {
-    // SAFETY: a test frame.
-    unsafe { tss(task).add(n).read_volatile() }
-}
-
-fn set_field(task: u16, n: usize, value: u32) {
-    // SAFETY: a test frame.
-    unsafe { tss(task).add(n).write_volatile(value) };
-}
-
-/// Descriptor type of a task: 9 available, 0xb busy.
-fn kind(task: u16) -> u64 {
-    bare::segments::gdt(task) >> 40 & 15
-}
-
 /// Two fresh tasks: A to be loaded, B ready to run `code`.
-fn prepare(code: u64) {
-    for task in [TASK_A, TASK_B] {
-        for n in 0..26 {
-            set_field(task, n, 0);
-        }
-        set_system(0, task, tss(task) as u64, 103, 0x89);
-        set_field(task, 25, 104 << 16);
-    }
-    for n in ES..ES + 6 {
-        set_field(TASK_B, n, DATA.into());
-    }
-    for (n, value) in [
-        (CS, CODE32.into()),
-        (EIP, code as u32),
-        (EFLAGS, 2),
-        (EBX, 0xb0b),
-        (ESP, frame(12) as u32 + 4096),
-        (ESI, tss(TASK_A) as u32),
-        (CR3, cpu::cr3() as u32),
-    ] {
-        set_field(TASK_B, n, value);
-    }
+fn prepare(code: u64) -> (Task, Task) {
+    let (a, b) = (Task::wide(TASK_A, 10, 13, 0), Task::wide(TASK_B, 11, 12, code));
+    b.set(wide::EBX, 0xb0b);
+    b.set(wide::ESI, a.address as u32);
     // SAFETY: nothing runs.
     unsafe { (&raw mut LEGACY_RESULTS).write_volatile([0; 16]) };
+    (a, b)
 }
 
 const NT: u32 = 1 << 14;
 
 fn task_call(t: &mut Report) {
-    prepare(task());
+    let (a, b) = prepare(task());
     t.eq("CALL to a task", legacy::call(call_task()), None);
     t.eq("in it: TR, EBX", (result(5), result(6)), (TASK_B.into(), 0xb0b));
     t.eq("in it: NT", result(4) & NT, NT);
     t.eq("back: EBX, NT, TR", (result(0), result(1) & NT, result(2)), (0x1111, 0, TASK_A.into()));
     t.eq("back: CR0.TS", result(3) & 8, 8);
-    t.eq("busy bits", (kind(TASK_A), kind(TASK_B)), (0xb, 9));
-    t.eq("back link", field(TASK_B, LINK), TASK_A.into());
-    t.eq("caller's EIP in its TSS", field(TASK_A, EIP), &raw const call_task_back as u32);
-    t.eq("task's EIP in its TSS", field(TASK_B, EIP), &raw const task_again as u32);
-    t.eq("task's EBX in its TSS", field(TASK_B, EBX), 0x2222);
-    t.eq("IRET saves NT clear", field(TASK_B, EFLAGS) & NT, 0);
+    t.eq("busy bits", (a.kind(), b.kind()), (0xb, 9));
+    t.eq("back link", b.get(LINK), TASK_A.into());
+    t.eq("caller's EIP in its TSS", a.get(wide::EIP), &raw const call_task_back as u32);
+    t.eq("task's EIP in its TSS", b.get(wide::EIP), &raw const task_again as u32);
+    t.eq("task's EBX in its TSS", b.get(wide::EBX), 0x2222);
+    t.eq("IRET saves NT clear", b.get(wide::EFLAGS) & NT, 0);
 }
 
 fn task_jump(t: &mut Report) {
-    prepare(jumping_task());
+    let (a, b) = prepare(jumping_task());
     t.eq("JMP to a task and back", legacy::call(jump_task()), None);
     t.eq("its registers are back", result(0), 0x3333);
     t.eq("in it: TR, NT", (result(5), result(4) & NT), (TASK_B.into(), 0));
-    t.eq("no back link", field(TASK_B, LINK), 0);
-    t.eq("busy bits after JMP", (kind(TASK_A), kind(TASK_B)), (0xb, 9));
+    t.eq("no back link", b.get(LINK), 0);
+    t.eq("busy bits after JMP", (a.kind(), b.kind()), (0xb, 9));
 }
 
 fn task_faults(t: &mut Report) {
     let outcome = |trap: Option<LegacyTrap>| trap.map(|t| (t.vector, t.error, t.tr));
-    let (a, b): (u32, u32) = (TASK_A.into(), TASK_B.into());
-    prepare(task());
-    set_system(0, TASK_B, tss(TASK_B) as u64, 103, 0x09);
-    t.eq("task, absent", outcome(legacy::call(call_task())), Some((11, b, a)));
-    prepare(task());
-    set_system(0, TASK_B, tss(TASK_B) as u64, 103, 0x8b);
-    t.eq("task, busy", outcome(legacy::call(call_task())), Some((13, b, a)));
-    prepare(task());
-    set_system(0, TASK_B, tss(TASK_B) as u64, 102, 0x89);
-    t.eq("task, short TSS", outcome(legacy::call(call_task())), Some((10, b, a)));
+    const A: u32 = TASK_A as u32;
+    const B: u32 = TASK_B as u32;
+    let (_, b) = prepare(task());
+    b.describe(103, 0x09);
+    t.eq("task, absent", outcome(legacy::call(call_task())), Some((11, B, A)));
+    let (_, b) = prepare(task());
+    b.describe(103, 0x8b);
+    t.eq("task, busy", outcome(legacy::call(call_task())), Some((13, B, A)));
+    let (_, b) = prepare(task());
+    b.describe(102, 0x89);
+    t.eq("task, short TSS", outcome(legacy::call(call_task())), Some((10, B, A)));
     // From here on the fault is the new task's. A bad CS or SS would leave no stack to take it on.
-    prepare(task());
-    set_field(TASK_B, ES, CODE32.into());
+    let (_, b) = prepare(task());
+    b.set(wide::ES, CODE32.into());
     t.eq("task, readable code as ES", outcome(legacy::call(call_task())), None);
-    prepare(task());
-    set_field(TASK_B, ES, 0x3f8);
-    t.eq("task, ES beyond the GDT", outcome(legacy::call(call_task())), Some((10, 0x3f8, b)));
-    prepare(task());
+    let (_, b) = prepare(task());
+    b.set(wide::ES, 0x3f8);
+    t.eq("task, ES beyond the GDT", outcome(legacy::call(call_task())), Some((10, 0x3f8, B)));
+    let (_, b) = prepare(task());
     set_gdt(OTHER, segment(0, 0xfffff, 0x12, 0xc));
-    set_field(TASK_B, ES, OTHER.into());
-    t.eq("task, absent ES", outcome(legacy::call(call_task())), Some((11, OTHER.into(), b)));
+    b.set(wide::ES, OTHER.into());
+    t.eq("task, absent ES", outcome(legacy::call(call_task())), Some((11, OTHER.into(), B)));
 }
 
 fn task_gates(t: &mut Report) {
