@@ -65,6 +65,42 @@ fn a_time_limit_holds() {
     run(&args, "").expect(124);
 }
 
+/// mov dx, 0x3f8; mov al, '\n'; out dx, al; jmp $-1
+const CHATTER: &[u8] = &[0xba, 0xf8, 0x03, 0xb0, b'\n', 0xee, 0xeb, 0xfd];
+
+#[test]
+fn a_guest_whose_output_nobody_reads_ends() {
+    let scratch = Scratch::new("head");
+    let mut args = firmware_args(&firmware(&scratch, CHATTER));
+    args.extend(["--timeout".into(), "60".into()]);
+    let mut child = Command::new(lodge())
+        .args(&args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut [0]).unwrap();
+    drop(out);
+    let done = child.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(130), "{err}");
+    assert!(err.contains("its reader has gone"), "{err}");
+}
+
+#[test]
+fn output_that_cannot_be_written_is_the_hosts_failure() {
+    let scratch = Scratch::new("full");
+    let mut args = firmware_args(&firmware(&scratch, CHATTER));
+    args.extend(["--timeout".into(), "60".into()]);
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let done = Command::new(lodge()).args(&args).stdin(Stdio::null()).stdout(full).output().unwrap();
+    let err = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(4), "{err}");
+    assert!(err.contains("cannot be written"), "{err}");
+}
+
 #[test]
 fn debug_exit_and_triple_fault_give_their_statuses() {
     let scratch = Scratch::new("exits");

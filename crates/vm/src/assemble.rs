@@ -182,7 +182,7 @@ fn plug(
     let Machine { ports, mmio, clock, timers, power, .. } = &**machine;
     irqs.insert(ports, mmio)?;
 
-    let com1 = serial::Serial::new(irqs.line(4), console.writer());
+    let com1 = serial::Serial::new(irqs.line(4), console.writer(power));
     insert(ports, serial::COM1, "COM1", com1.clone())?;
 
     // In legacy replacement mode the HPET takes the lines of the 8254 and the RTC.

@@ -1,13 +1,15 @@
 //! The guest's console as its owner has it: one for the VM's whole life, through every reset of the machine.
 
 use std::fmt;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use devices::pm::Pm;
 use devices::serial::Serial;
+use machine::Power;
+use machine::power::End;
 
 /// What Linux says when it panics. It is looked for in the output, for the reset that follows looks like any other.
 const PANIC: &[u8] = b"Kernel panic - not syncing";
@@ -49,9 +51,10 @@ impl Console {
         }
     }
 
-    /// The end that the machine's serial port writes to.
-    pub(crate) fn writer(self: &Arc<Self>) -> Box<dyn Write + Send> {
-        Box::new(Writer(self.clone()))
+    /// The end that the machine's serial port writes to. Output that cannot be written ends the machine: nobody would learn
+    /// what the guest says.
+    pub(crate) fn writer(self: &Arc<Self>, power: &Power) -> Box<dyn Write + Send> {
+        Box::new(Writer { console: self.clone(), power: power.clone() })
     }
 
     /// From now on this machine is meant.
@@ -100,27 +103,40 @@ impl Console {
     }
 }
 
-struct Writer(Arc<Console>);
+struct Writer {
+    console: Arc<Console>,
+    power: Power,
+}
 
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let mut out = lock(&self.0.out);
+        let mut out = lock(&self.console.out);
         for &byte in bytes {
             // The text's first letter occurs in it only once, so a failed match starts anew there or at the next byte.
             out.matched =
                 if byte == PANIC[out.matched] { out.matched + 1 } else { usize::from(byte == PANIC[0]) };
             if out.matched == PANIC.len() {
                 out.matched = 0;
-                self.0.panicked.store(true, Ordering::Relaxed);
+                self.console.panicked.store(true, Ordering::Relaxed);
             }
         }
-        out.to.write_all(bytes)?;
-        out.to.flush()?;
-        Ok(bytes.len())
+        let done = out.to.write_all(bytes).and_then(|()| out.to.flush());
+        if let Err(error) = &done {
+            self.power.request(lost(error));
+        }
+        done.map(|()| bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        lock(&self.0.out).to.flush()
+        lock(&self.console.out).to.flush()
+    }
+}
+
+/// How a machine ends whose output cannot be written.
+fn lost(error: &std::io::Error) -> End {
+    match error.kind() {
+        ErrorKind::BrokenPipe => End::Stopped("a closed output: its reader has gone"),
+        _ => End::Failed(format!("the guest's console cannot be written to the output: {error}")),
     }
 }
 
@@ -135,7 +151,7 @@ mod tests {
     #[test]
     fn a_panic_is_noticed_across_writes() {
         let console = Arc::new(Console::new(Box::new(std::io::sink())));
-        let mut writer = console.writer();
+        let mut writer = console.writer(&Power::default());
         writer.write_all(b"Kernel panKernel panic - not").unwrap();
         assert!(!console.panicked());
         writer.write_all(b" syncing: test").unwrap();
