@@ -20,8 +20,13 @@ fn guest(name: &str) -> PathBuf {
 /// Runs a guest on an engine of software.
 #[track_caller]
 fn passes_on(engine: &str, name: &str, cpus: &str) {
+    passes_with(&["run", "--engine", engine, "--cpus", cpus], name);
+}
+
+#[track_caller]
+fn passes_with(args: &[&str], name: &str) {
     let path = guest(name);
-    let mut args: Vec<String> = ["run", "--engine", engine, "--cpus", cpus].map(Into::into).into();
+    let mut args: Vec<String> = args.iter().map(|&a| a.into()).collect();
     args.extend(["--memory", "128M", "--debug-exit", "--no-reboot", "--kernel"].map(Into::into));
     args.push(path.display().to_string());
     let done = start(&args, "").wait(PATIENCE).expect(PASSED);
@@ -70,6 +75,25 @@ suites! {
     hostile = "hostile";
     garbage_in_every_register = "garbage";
     multiboot = "multiboot.elf32";
+}
+
+/// The two engines side by side, block by block. Whole kernels: `cargo xtask boots --cpus 1 --timeout 900 -- --lockstep`.
+#[test]
+fn lockstep_finds_no_difference() {
+    let guests = [
+        "hello",
+        "faults",
+        "descriptors",
+        "debug",
+        "time",
+        "interrupts",
+        "selfmod",
+        "hostile",
+        "multiboot.elf32",
+    ];
+    for name in guests {
+        passes_with(&["run", "--engine", "translate", "--lockstep"], name);
+    }
 }
 
 #[test]

@@ -81,6 +81,9 @@ pub struct Cache {
     /// Where developers read what becomes of blocks.
     pub trace: Option<Trace>,
     unlinked: bool,
+    /// What tests do to rewritten code.
+    #[cfg(test)]
+    pub spoil: Option<fn(&mut [u8])>,
     /// What happened.
     pub count: Counters,
 }
@@ -111,6 +114,8 @@ impl Cache {
             changes: 0,
             trace: None,
             unlinked: false,
+            #[cfg(test)]
+            spoil: None,
             count: Counters::default(),
         })
     }
@@ -318,6 +323,8 @@ impl Cache {
             let page = Page::new(&memory, offset, next, mode.bits(), options);
             let begun = Instant::now();
             let output = Builder::build(context, page, (offset & 0xfff) as u16, self.buffer.next());
+            #[cfg(test)]
+            let output = self.spoiled(output);
             self.count.nanoseconds += begun.elapsed().as_nanos() as u64;
             if self.buffer.fits(output.code.len()) && self.has_room(output.sites.len()) {
                 if let Some(trace) = &self.trace {
@@ -329,6 +336,14 @@ impl Cache {
             self.flush(frame);
         }
         Err(Error::Space)
+    }
+
+    #[cfg(test)]
+    fn spoiled(&self, mut output: Output) -> Output {
+        if let Some(spoil) = self.spoil {
+            spoil(&mut output.code);
+        }
+        output
     }
 
     /// Whether a block with so many sites may still be described.

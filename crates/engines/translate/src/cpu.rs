@@ -1,12 +1,13 @@
 //! The run loop: into translated code, and what to do when it is left.
 
+mod faults;
 mod lockstep;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use iced_x86::{Decoder, DecoderError, InstructionInfoFactory, OpAccess, Register};
+use iced_x86::{Decoder, DecoderError, InstructionInfoFactory};
 use interpret::Shutdown;
 use interpret::flags::Lazy;
 use interpret::op::{Flow, slot};
@@ -25,7 +26,6 @@ use crate::decode;
 use crate::frame::{Frame, NO_SALT, at, reason};
 use crate::host::Host;
 use crate::lpt::Lpt;
-use crate::seats::number;
 use crate::signal::{self, Running};
 use crate::space::Spaces;
 use crate::trace::Trace;
@@ -63,7 +63,7 @@ pub struct Cpu {
     host: Host,
     frame: Frame,
     spaces: Spaces,
-    cache: Cache,
+    pub(crate) cache: Cache,
     /// Host addresses of guest memory: writable, and read-only.
     alias: (u64, u64, u64),
     gs: u64,
@@ -94,9 +94,10 @@ impl Cpu {
         index: u32,
         count: u32,
     ) -> Result<Self, Error> {
-        // What is known about code takes a little more than the code. All of it is to stay below a quarter of the guest's
-        // memory and a bit.
-        let room = (machine.memory.ram_size() / 4 + (12 << 20)) * 4 / 9 / u64::from(count.max(1));
+        // All that we take is to stay below a quarter of the guest's memory and 32 MiB: a sixth of that for linear page
+        // tables, the rest for code, and for what is known about it, which takes a little more.
+        let share = machine.memory.ram_size() / 4 + (12 << 20);
+        let room = (share - share / 6) * 4 / 9 / u64::from(count.max(1));
         let code = room.clamp(CODE.0, CODE.1) & !0xfff;
         let memory = machine.memory.clone();
         let alias = memory.alias()?;
@@ -112,7 +113,7 @@ impl Cpu {
             memory,
             host,
             frame,
-            spaces: Spaces::new(count)?,
+            spaces: Spaces::new(count, share / 6)?,
             cache: Cache::new(code as usize, host)?,
             alias,
             gs: 0,
@@ -124,7 +125,7 @@ impl Cpu {
     }
 
     /// What code means now; `None` if it is left to the reference engine.
-    fn mode(&mut self) -> Option<Mode> {
+    pub(crate) fn mode(&mut self) -> Option<Mode> {
         let core = self.vcpu.core();
         if core.bank == Tlb::USER_ALIGNED {
             return None;
@@ -246,7 +247,7 @@ impl Cpu {
         Ok(Some(host))
     }
 
-    fn find(&mut self, offset: u64, mode: Mode) -> Option<u64> {
+    pub(crate) fn find(&mut self, offset: u64, mode: Mode) -> Option<u64> {
         self.cache.find(&mut self.vcpu, &self.frame, offset, mode).ok()
     }
 
@@ -574,110 +575,7 @@ impl Cpu {
             }
         }
         self.count.fills += 1;
-        self.table().fill(linear, host, m.global, m.shift)
-    }
-
-    /// A fault of the host's processor.
-    fn fault(&mut self) -> Result<Next, Stop> {
-        self.count.faults += 1;
-        let pc = self.frame.get(at::FAULT_PC);
-        let address = self.frame.get(at::FAULT_ADDRESS);
-        let signal = self.frame.get(at::FAULT_SIGNAL) as i32;
-        let Some((mark, host)) = self.cache.mark(pc) else {
-            let offset = pc.wrapping_sub(self.cache.range().0);
-            return Err(Stop::Bug(format!(
-                "signal {signal} for {address:#x} at {offset:#x} of its code, in no block"
-            )));
-        };
-        self.set_rip(mark.guest);
-        if let Some(trace) = &self.cache.trace {
-            let rip = self.vcpu.core().rip;
-            trace.say(&format!("signal {signal} at {pc:#x} for {address:#x}: the instruction at {rip:#x}"));
-        }
-        if mark.flags_in_host {
-            let bits = self.frame.get(at::FAULT_FLAGS);
-            self.vcpu.core().lazy = Lazy::from_bits(bits);
-        } else {
-            self.flags_out();
-        }
-        let (rw, ro, len) = self.alias;
-        let inside = (rw..rw + len).contains(&address) || (ro..ro + len).contains(&address);
-        if signal == libc::SIGSEGV && inside {
-            if self.store_fault(address) && mark.access {
-                return Ok(Next::Host(host));
-            }
-        } else if signal == libc::SIGSEGV && address != 0 && address >> 47 == 0 {
-            // (What is not canonical for 48 bits is the guest's fault; a host with 57 tells its address.)
-            let rip = self.vcpu.core().rip;
-            return Err(Stop::Bug(format!(
-                "an access to {address:#x} for the instruction at {rip:#x} left guest memory"
-            )));
-        }
-        self.interpret()
-    }
-
-    /// A store met a page that cannot be written. True if it can be now.
-    fn store_fault(&mut self, address: u64) -> bool {
-        let (rw, ro, len) = self.alias;
-        let offset = if (rw..rw + len).contains(&address) { address - rw } else { address - ro } & !0xfff;
-        let core = self.vcpu.core();
-        let rip = core.rip;
-        let linear = core.code_linear(rip);
-        let Ok(Some(at)) = core.fetch(linear) else { return false };
-        let mut bytes = [0; 15];
-        self.memory.read(at, &mut bytes);
-        let options = interpret::options(core);
-        let i = Decoder::with_ip(core.bits.into(), &bytes, rip, options).decode();
-        let wide = core.bits == 64;
-        let value = |core: &interpret::core::Core, r: Register| -> u64 {
-            match r {
-                Register::FS => core.r[usize::from(slot::FS)],
-                Register::GS => core.r[usize::from(slot::GS)],
-                r if r.is_segment_register() => 0,
-                Register::RIP => i.next_ip(),
-                r if r.is_gpr32() => core.r[usize::from(number(r))] & 0xffff_ffff,
-                r => core.r[usize::from(number(r))],
-            }
-        };
-        let info = self.info.info(&i);
-        let stores: Vec<(u64, u8)> = info
-            .used_memory()
-            .iter()
-            .filter(|m| {
-                !matches!(
-                    m.access(),
-                    OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None
-                )
-            })
-            .filter_map(|m| {
-                let at = m.virtual_address(0, |r, _, _| Some(value(self.vcpu.core(), r)))?;
-                Some((if wide { at } else { at & 0xffff_ffff }, m.memory_size().size().clamp(1, 64) as u8))
-            })
-            .collect();
-        if self.memory.code().holds_code(offset) {
-            if self.hits.len() > 4096 {
-                self.hits.clear();
-            }
-            *self.hits.entry(offset).or_default() += 1;
-        }
-        for (linear, size) in stores {
-            let entry = self.table().get(linear);
-            let page = entry.wrapping_add(linear & !0xfff);
-            if entry == 0 || (page != rw + offset && page != ro + offset) {
-                continue;
-            }
-            self.table().forget(linear);
-            return self.fill(linear, size, true)
-                && !self.memory.code().holds_code(offset)
-                && self.is_writable(linear);
-        }
-        false
-    }
-
-    fn is_writable(&mut self, linear: u64) -> bool {
-        let (rw, _, len) = self.alias;
-        let host = self.table().get(linear).wrapping_add(linear & !0xfff);
-        (rw..rw + len).contains(&host)
+        self.spaces.fill(bank / ENTRIES, linear, host, m.global, m.shift)
     }
 
     fn step(&mut self) -> Result<Option<Exit>, Stop> {
@@ -727,10 +625,7 @@ impl Vcpu for Cpu {
                 Ok(Some(exit)) => break Ok(exit),
                 Err(Stop::Shutdown) => break Ok(self.vcpu.shut_down()),
                 Err(Stop::Bug(what)) => {
-                    let what = format!(
-                        "the translate engine has a bug: {what}; please report it, and use --engine interpret"
-                    );
-                    break Err(CpuError::Guest(what));
+                    break Err(CpuError::Guest(self.report(&what)));
                 }
             }
         };

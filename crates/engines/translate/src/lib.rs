@@ -29,6 +29,8 @@ mod signal;
 mod space;
 mod stubs;
 mod system;
+#[cfg(test)]
+mod tests;
 mod trace;
 
 pub use cpu::Cpu;

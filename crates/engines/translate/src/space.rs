@@ -16,6 +16,10 @@ use crate::lpt::Lpt;
 const MOST: usize = 8;
 /// Spaces of all vCPUs together: each takes 1.5 TiB of the 128 TiB of addresses that the host has for us.
 const TOGETHER: usize = 40;
+/// Bytes that a page of entries counts for: it may well need a page table of the host's for itself.
+const PAGE: usize = 8 << 10;
+/// Pages of entries that a vCPU may have in any case.
+const LEAST: usize = 256;
 /// Linear pages with code that are remembered at most.
 const PAGES: usize = 1 << 16;
 /// Salts that there are.
@@ -54,6 +58,9 @@ pub struct Spaces {
     spaces: Vec<Space>,
     /// Spaces at most.
     most: usize,
+    /// Pages of entries in all tables, and how many there may be.
+    touched: usize,
+    room: usize,
     now: usize,
     time: u64,
     next_salt: u16,
@@ -67,14 +74,17 @@ pub struct Spaces {
 }
 
 impl Spaces {
-    /// One space, empty, for one of `vcpus`.
+    /// One space, empty, for one of `vcpus`, which may together take `bytes` of the host's memory.
     ///
     /// # Errors
     /// The host lacks address space.
-    pub fn new(vcpus: u32) -> Result<Self, Error> {
+    pub fn new(vcpus: u32, bytes: u64) -> Result<Self, Error> {
+        let vcpus = vcpus.max(1) as usize;
         Ok(Self {
             spaces: vec![Space::new(0)?],
-            most: (TOGETHER / vcpus.max(1) as usize).clamp(1, MOST),
+            most: (TOGETHER / vcpus).clamp(1, MOST),
+            touched: 0,
+            room: (bytes as usize / PAGE / vcpus).max(LEAST),
             now: 0,
             time: 0,
             next_salt: 2,
@@ -90,6 +100,21 @@ impl Spaces {
     pub fn table(&mut self, bank: usize) -> &mut Lpt {
         let now = self.now;
         &mut self.spaces[now].tables[bank.min(2)]
+    }
+
+    /// Fills an entry in the current space's table for a bank of the TLB: see [`Lpt::fill`]. A guest that touches memory here
+    /// and there, and so makes us take more than our share, finds all tables empty.
+    #[must_use]
+    pub fn fill(&mut self, bank: usize, linear: u64, host: u64, global: bool, shift: u8) -> bool {
+        if self.touched >= self.room {
+            self.spaces.iter_mut().flat_map(|s| &mut s.tables).for_each(Lpt::release);
+            self.touched = 0;
+        }
+        let table = self.table(bank);
+        let before = table.touched();
+        let filled = table.fill(linear, host, global, shift);
+        self.touched += self.table(bank).touched() - before;
+        filled
     }
 
     /// What is added to linear addresses in the table of jumps, in the current space.
@@ -192,5 +217,37 @@ impl Spaces {
             self.now = oldest;
         }
         self.spaces[self.now].used = self.time;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_touches_and_forgets_is_given_back_to_the_host() {
+        let mut s = Spaces::new(2, 16 << 20).unwrap();
+        let last = 20 * LEAST as u64;
+        for n in 0..=last {
+            if n % 100 == 0 {
+                s.flush(Flush::Switch((n / 100 % 5) as u16, n % 200 == 0), |_| false);
+            }
+            assert!(s.fill((n % 3) as usize, n << 21, 0x5555_0000_0000, false, 12));
+            let touched: usize = s.spaces.iter().flat_map(|s| &s.tables).map(Lpt::touched).sum();
+            assert!(touched == s.touched && touched <= 1024);
+        }
+        assert_ne!(s.table((last % 3) as usize).get(last << 21), 0);
+    }
+
+    #[test]
+    fn an_entry_that_is_wanted_now_is_filled_even_without_room() {
+        let mut s = Spaces::new(64, 0).unwrap();
+        for n in 0..3 * LEAST as u64 {
+            assert!(s.fill(0, n << 30, 0x5555_0000_0000, true, 30));
+            assert_ne!(s.table(0).get(n << 30), 0);
+            assert!(s.touched <= LEAST);
+        }
+        s.flush(Flush::Page((3 * LEAST as u64 - 1) << 30 | 0x1000), |_| true);
+        assert_eq!(s.table(0).get((3 * LEAST as u64 - 1) << 30), 0);
     }
 }
