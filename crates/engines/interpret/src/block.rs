@@ -142,16 +142,17 @@ impl Cache {
         if let Some(&id) = self.index.get(&key)
             && let Some(block) = self.blocks.get(id as usize)
         {
-            let code = core.memory.code();
-            let fresh = code.generation(block.offset) == block.generation;
-            let second_fresh = match block.second {
-                None => true,
+            let generation = core.memory.code().generation(block.offset);
+            let fresh = generation == block.generation && block.bits == core.bits;
+            // Only then is it an instruction that reaches there: else the page must not be touched.
+            let whole = match block.second.filter(|_| fresh) {
+                None => fresh,
                 Some((at, generation)) => {
                     let next_page = (linear & !(PAGE - 1)).wrapping_add(PAGE);
                     core.fetch(next_page)? == Some(at) && core.memory.code().generation(at) == generation
                 }
             };
-            if fresh && second_fresh && block.bits == core.bits {
+            if whole {
                 return Ok(id);
             }
             replace = Some(id);

@@ -36,6 +36,11 @@ fn fetch_across_a_page() {
     guest.memory.store(PAGES + 0x5000, 7u8);
     guest.set(|s| s.rip = at);
     assert_eq!(guest.run().1.gpr[RAX], 0x0407_0201);
+    // Now the instruction ends before it: the page is neither needed nor touched.
+    guest.map(PAGES + 0x1000, 0);
+    guest.memory.write(at, &STOP);
+    guest.set(|s| s.rip = at);
+    assert_eq!(guest.run().0, End::Stopped);
 }
 
 #[test]
