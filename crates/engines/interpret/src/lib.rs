@@ -40,3 +40,4 @@ pub use block::options;
 pub use cpu::{Cpu, Shutdown};
 pub use decode::supported;
 pub use mmu::{Mapping, canonical};
+pub use simd::alignment_counts;

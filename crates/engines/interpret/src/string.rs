@@ -24,6 +24,8 @@ const ES: u8 = index::ES as u8;
 
 /// What a string instruction does in one iteration.
 trait Body<T: Word> {
+    /// It ends a block: a device may want an interrupt after it.
+    const ENDS: bool = false;
     /// The iteration. Registers change only if it succeeds. False ends the repetition (REPE, REPNE).
     fn once(c: &mut Core, op: &Op) -> Result<bool>;
     /// Does several iterations at once where that is the same; how many it did.
@@ -186,6 +188,8 @@ impl<T: Word> Body<T> for Scas {
 }
 
 impl<T: Word> Body<T> for Ins {
+    const ENDS: bool = true;
+
     fn once(c: &mut Core, op: &Op) -> Result<bool> {
         let port = c.r[RDX] as u16;
         c.check_port(port, T::SIZE as u8)?;
@@ -200,6 +204,8 @@ impl<T: Word> Body<T> for Ins {
 }
 
 impl<T: Word> Body<T> for Outs {
+    const ENDS: bool = true;
+
     fn once(c: &mut Core, op: &Op) -> Result<bool> {
         let port = c.r[RDX] as u16;
         c.check_port(port, T::SIZE as u8)?;
@@ -213,7 +219,7 @@ impl<T: Word> Body<T> for Outs {
 fn run<T: Word, B: Body<T>>(c: &mut Core, op: &Op) -> Result<Flow> {
     if op.imm == rep::NONE {
         B::once(c, op)?;
-        return Ok(if c.hit { Flow::End } else { Flow::Next });
+        return Ok(if c.hit || B::ENDS { Flow::End } else { Flow::Next });
     }
     // A trap after each iteration is what single-stepping shows.
     let slice = if c.attention == 0 { SLICE } else { 1 };
@@ -221,7 +227,7 @@ fn run<T: Word, B: Body<T>>(c: &mut Core, op: &Op) -> Result<Flow> {
     while done < slice {
         let count = c.r[RCX] & mask(op);
         if count == 0 {
-            return Ok(if c.hit { Flow::End } else { Flow::Next });
+            return Ok(if c.hit || B::ENDS { Flow::End } else { Flow::Next });
         }
         let bulk = if slice > 1 { B::bulk(c, op, count.min(slice - done)) } else { 0 };
         if bulk > 0 {
@@ -232,7 +238,7 @@ fn run<T: Word, B: Body<T>>(c: &mut Core, op: &Op) -> Result<Flow> {
             set(c, op, RCX, count - 1);
             done += 1;
             if !more {
-                return Ok(if c.hit { Flow::End } else { Flow::Next });
+                return Ok(if c.hit || B::ENDS { Flow::End } else { Flow::Next });
             }
         }
         // Overwriting itself does not stop it: what was fetched goes on until something interrupts it.

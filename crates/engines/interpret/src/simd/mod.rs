@@ -272,11 +272,14 @@ impl Plan {
     }
 }
 
-/// Whether a misaligned operand is #GP: 16 bytes in a legacy SSE instruction that does not say otherwise, and VMOVA*
+/// Whether a misaligned operand is #GP: 16 bytes in a legacy SSE instruction that does not say otherwise, VMOVA* and VMOVNT*
 /// (SDM vol. 2A, tables 2-17 to 2-20).
-fn alignment_counts(i: &Instruction) -> bool {
+pub fn alignment_counts(i: &Instruction) -> bool {
     if i.encoding() == EncodingKind::VEX {
-        return matches!(i.mnemonic(), M::Vmovaps | M::Vmovapd | M::Vmovdqa);
+        return matches!(
+            i.mnemonic(),
+            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+        );
     }
     let unaligned = matches!(
         i.mnemonic(),
