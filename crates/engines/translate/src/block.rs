@@ -64,11 +64,19 @@ pub enum Kind {
         size: u8,
         /// It stores.
         write: bool,
+        /// Bits of its address that must be 0.
+        align: u8,
     },
     /// The page of a group of accesses is not in the linear page table.
     Group {
         /// The first of them stores.
         write: bool,
+        /// Bits of its address that must be 0, and how far it is from the group's first byte.
+        align: u8,
+        /// See `align`.
+        skip: u16,
+        /// Bytes of the group.
+        span: u16,
     },
     /// A group of accesses crosses a page. The four bytes at the host address are the distance of the branch that found out,
     /// which can lead to a block without groups.
@@ -170,6 +178,8 @@ pub struct Context<'a> {
     pub alone: bool,
     /// Blocks are linked to nothing.
     pub unlinked: bool,
+    /// Dead status flags are kept too wherever an exception or an interrupt may push them.
+    pub all_flags: bool,
     /// Number of the block.
     pub block: u32,
     /// Number of its first site.
@@ -201,6 +211,8 @@ pub struct Builder<'a, 'p> {
     pub owner: Option<usize>,
     /// The site for the operand of the instruction at hand, if that crosses a page.
     crossing: Option<usize>,
+    /// Bits of that operand's address that must be 0.
+    align: u8,
 }
 
 impl<'a, 'p> Builder<'a, 'p> {
@@ -226,6 +238,7 @@ impl<'a, 'p> Builder<'a, 'p> {
             access: 0,
             owner: None,
             crossing: None,
+            align: 0,
         };
         let (instructions, whole) = b.decode();
         let helpers: Vec<bool> = instructions.iter().map(|i| b.is_helper(i)).collect();
@@ -304,14 +317,20 @@ impl<'a, 'p> Builder<'a, 'p> {
             if self.c.alone {
                 after = STATUS;
             } else if decode::is_near(i) && matches!(i.mnemonic(), Mnemonic::Jmp) {
-                after = self.page.live_at(self.target(i));
+                after = self.live_at(self.target(i));
             } else if i.flow_control() == FlowControl::ConditionalBranch {
-                after |= self.page.live_at(self.target(i));
+                after |= self.live_at(self.target(i));
             }
             live[n + 1] = after;
-            live[n] = if helpers[n] { STATUS } else { after & !decode::writes(i) | decode::reads(i) };
+            let all = helpers[n] || self.c.all_flags && decode::may_fault(i);
+            live[n] = if all { STATUS } else { after & !decode::writes(i) | decode::reads(i) };
         }
         live
+    }
+
+    /// Status flags needed at a branch's target.
+    pub fn live_at(&mut self, target: u64) -> u32 {
+        if self.c.all_flags { STATUS } else { self.page.live_at(target) }
     }
 
     /// Where a direct branch leads, from the start of the page.
@@ -371,7 +390,10 @@ impl<'a, 'p> Builder<'a, 'p> {
             self.load_address(i);
         } else {
             self.crossing = None;
+            let size = i.memory_size().size() as u8;
+            self.align = if interpret::alignment_counts(i) { size.saturating_sub(1) } else { 0 };
             self.copy(i);
+            self.align = 0;
             self.go_on_after(i);
         }
         true
@@ -488,10 +510,10 @@ impl<'a, 'p> Builder<'a, 'p> {
     ) -> Mem {
         let member = self.plan.member(self.number, self.access);
         self.access += 1;
-        match (member, place) {
+        let operand = match (member, place) {
             (Some(member), Some(place)) => {
                 if member.first {
-                    self.check_group(member, place.origin, write);
+                    self.check_group(member, place, write);
                 } else if self.owner != Some(member.group) {
                     self.a.load(reg::U, frame(member.slot));
                     self.owner = Some(member.group);
@@ -505,7 +527,9 @@ impl<'a, 'p> Builder<'a, 'p> {
                 address(self);
                 self.check(size, write)
             }
-        }
+        };
+        self.mark_op();
+        operand
     }
 
     /// Where a place is, RSI being in use: at most RDI is changed.
@@ -532,19 +556,21 @@ impl<'a, 'p> Builder<'a, 'p> {
     }
 
     /// Makes sure that a group lies in one page, and gets the page's addend to RSI and the group's slot.
-    fn check_group(&mut self, member: Member, origin: Origin, write: bool) {
+    fn check_group(&mut self, member: Member, place: Place, write: bool) {
         let span = self.plan.groups[member.group].span();
         self.release_flags();
         self.mark(true);
         let retry = self.a.address();
-        let start = self.locate(origin, member.start);
+        let start = self.locate(place.origin, member.start);
         self.a.lea(self.c.mode.wide(), reg::T, start);
         self.look_up();
         let missing = self.a.jump_if(cc::Z);
         self.a.and_imm32(reg::T, 0xfff);
         self.a.cmp_imm32(reg::T, 0x1000 - span);
         let crosses = self.a.jump_if(cc::A);
-        let site = self.site(Kind::Group { write }, self.guest, retry);
+        let skip = (place.disp - member.start) as u16;
+        let kind = Kind::Group { write, align: self.align, skip, span: span as u16 };
+        let site = self.site(kind, self.guest, retry);
         self.cold.push(Cold::Leave { from: vec![missing], site });
         let site = self.site(Kind::Cross, self.guest, self.a.base + crosses.0 as u64);
         self.cold.push(Cold::Leave { from: vec![crosses], site });
@@ -569,7 +595,8 @@ impl<'a, 'p> Builder<'a, 'p> {
         let retry = self.marks.last().map_or(0, |m| self.a.base + u64::from(m.host));
         self.look_up();
         let missing = self.a.jump_if(cc::Z);
-        let site = self.site(Kind::Access { size: size as u8, write }, self.guest, retry);
+        let kind = Kind::Access { size: size as u8, write, align: self.align };
+        let site = self.site(kind, self.guest, retry);
         self.cold.push(Cold::Leave { from: vec![missing], site });
         let operand = if size >= 16 {
             // Vectors are often not aligned.

@@ -81,6 +81,7 @@ pub struct Cache {
     /// Where developers read what becomes of blocks.
     pub trace: Option<Trace>,
     unlinked: bool,
+    all_flags: bool,
     /// What tests do to rewritten code.
     #[cfg(test)]
     pub spoil: Option<fn(&mut [u8])>,
@@ -114,6 +115,7 @@ impl Cache {
             changes: 0,
             trace: None,
             unlinked: false,
+            all_flags: false,
             #[cfg(test)]
             spoil: None,
             count: Counters::default(),
@@ -317,6 +319,7 @@ impl Cache {
                 find: &|at| entries.get(&at).copied(),
                 alone: next.is_some(),
                 unlinked: self.unlinked,
+                all_flags: self.all_flags,
                 block: self.blocks.len() as u32,
                 first_site: self.sites.len(),
             };
@@ -380,6 +383,12 @@ impl Cache {
     /// From now on blocks are linked to nothing, so that each is left at its end.
     pub fn keep_unlinked(&mut self) {
         self.unlinked = true;
+    }
+
+    /// From now on blocks keep dead status flags too wherever an exception or an interrupt may push them, or not.
+    pub fn keep_all_flags(&mut self, all: bool, frame: &Frame) {
+        self.all_flags = all;
+        self.flush(frame);
     }
 
     /// Start and bytes of the block at a host address.

@@ -97,10 +97,12 @@ impl Builder<'_, '_> {
             FlowControl::IndirectCall => {
                 self.flags_to_memory();
                 self.load_operand(i);
+                // A call that faults pushes nothing.
+                self.check_canonical(0);
                 self.a.store(frame(at::TARGET), reg::T);
                 self.push_return(i);
                 self.a.load(reg::T, frame(at::TARGET));
-                self.jump_anywhere(self.c.mode.word());
+                self.jump(self.c.mode.word());
             }
             _ => {
                 self.flags_to_memory();
@@ -135,7 +137,7 @@ impl Builder<'_, '_> {
             self.cold.push(Cold::Jump { from, delta, guest, flags });
             return;
         }
-        if self.page.live_at(target) != 0 && !back {
+        if self.live_at(target) != 0 && !back {
             self.flags_to_memory();
         }
         if back {
@@ -158,7 +160,7 @@ impl Builder<'_, '_> {
     /// LOOP, LOOPE, LOOPNE, JCXZ: the host's own, over a jump.
     fn count(&mut self, i: &Instruction) {
         let target = self.target(i);
-        let live = if self.is_elsewhere(target) { decode::STATUS } else { self.page.live_at(target) };
+        let live = if self.is_elsewhere(target) { decode::STATUS } else { self.live_at(target) };
         if decode::reads(i) != 0 {
             self.flags_to_host();
         }
@@ -190,7 +192,7 @@ impl Builder<'_, '_> {
             return self.jump_by(target as i32);
         }
         let target = target as u16;
-        if self.page.live_at(target.into()) != 0 {
+        if self.live_at(target.into()) != 0 {
             self.flags_to_memory();
         }
         if poll {
@@ -232,7 +234,15 @@ impl Builder<'_, '_> {
     /// Goes on at the linear address in RDI, which the guest chose. One that is not canonical must not get to the table of
     /// jumps: with the salt added it could be what another address has with another salt.
     fn jump_anywhere(&mut self, undo: i32) {
+        self.check_canonical(undo);
+        self.jump(undo);
+    }
+
+    /// Leaves if the linear address in RDI is not canonical. The flags are in memory.
+    fn check_canonical(&mut self, undo: i32) {
         if self.c.mode.wide() {
+            self.owner = None;
+            self.flags_lost();
             self.a.load(reg::U, frame(at::HALF));
             self.a.add64(reg::U, reg::T);
             self.a.raw(&[0x48, 0xc1, 0xee, 48]); // SHR RSI, 48
@@ -240,7 +250,6 @@ impl Builder<'_, '_> {
             let site = self.site(Kind::Wild { undo }, self.guest, 0);
             self.cold.push(Cold::Leave { from: vec![from], site });
         }
-        self.jump(undo);
     }
 
     /// Goes on at the linear address in RDI, which is canonical or directly behind such. The flags are in memory.

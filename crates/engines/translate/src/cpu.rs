@@ -71,6 +71,8 @@ pub struct Cpu {
     info: InstructionInfoFactory,
     /// How often stores hit pages with code.
     hits: HashMap<u64, u32>,
+    /// The number of entries into code at which the vCPU kicks itself.
+    pause: u64,
     lock: Option<Box<lockstep::Lockstep>>,
 }
 
@@ -120,6 +122,7 @@ impl Cpu {
             count: Counters::default(),
             info: InstructionInfoFactory::new(),
             hits: HashMap::new(),
+            pause: u64::MAX,
             lock: None,
         })
     }
@@ -265,6 +268,10 @@ impl Cpu {
             if self.frame.is_rung() {
                 self.frame.listen(salt);
             }
+            if self.count.entries == self.pause {
+                self.pause = u64::MAX;
+                self.vcpu.core().local.kick();
+            }
             // It may have come before the bell was listened to.
             if self.vcpu.wants_attention() {
                 self.flags_out();
@@ -303,6 +310,18 @@ impl Cpu {
     /// Has what is done written down for developers: blocks and what became of them, host faults.
     pub fn set_trace(&mut self, trace: Trace) {
         self.cache.trace = Some(trace);
+    }
+
+    /// From now on the flags that an exception or an interrupt pushes are exact, or not: dead ones may be stale then. For
+    /// comparisons; code is slower so.
+    pub fn keep_all_flags(&mut self, all: bool) {
+        self.cache.keep_all_flags(all, &self.frame);
+    }
+
+    /// Kicks this vCPU when translated code has been left so many times from now on: at an instant that is the same each
+    /// time, for comparisons.
+    pub fn pause_after(&mut self, exits: u64) {
+        self.pause = self.count.entries + exits;
     }
 
     /// Prepares the frame for the start of a block at RIP.
@@ -409,16 +428,17 @@ impl Cpu {
 
     fn at_site(&mut self, site: Site) -> Result<Next, Stop> {
         match site.kind {
-            Kind::Access { size, write } => {
+            Kind::Access { size, write, align } => {
                 let linear = self.frame.get(at::LINEAR);
-                if self.fill(linear, size, write) {
+                // A page is not touched for an access that faults.
+                if linear & u64::from(align) == 0 && self.fill(linear, size, write) {
                     return Ok(Next::Host(site.host));
                 }
                 self.count.slow += 1;
                 self.flags_out();
                 self.interpret()
             }
-            Kind::Group { write } => self.group(site, write),
+            Kind::Group { .. } => self.group(site),
             Kind::Cross => self.cross(site),
             Kind::Helper { op } => self.help(site, op),
             Kind::Jump { undo } => self.jump(undo),
@@ -447,10 +467,15 @@ impl Cpu {
         }
     }
 
-    /// A group of accesses whose page has to be looked up.
-    fn group(&mut self, site: Site, write: bool) -> Result<Next, Stop> {
+    /// A group of accesses whose page has to be looked up: for its first access alone, for the others may never be made.
+    fn group(&mut self, site: Site) -> Result<Next, Stop> {
+        let Kind::Group { write, align, skip, span } = site.kind else { return self.cross(site) };
         let linear = self.frame.get(at::LINEAR);
-        if self.fill(linear, 1, write) {
+        if (linear & 0xfff) + u64::from(span) > 0x1000 {
+            if let Some(host) = self.solo(&site) {
+                return Ok(Next::Host(host));
+            }
+        } else if linear.wrapping_add(skip.into()) & u64::from(align) == 0 && self.fill(linear, 1, write) {
             return Ok(Next::Host(site.host));
         }
         self.count.slow += 1;
@@ -460,20 +485,24 @@ impl Cpu {
 
     /// A group of accesses that crosses a page: on in a block without groups, and from now on without asking.
     fn cross(&mut self, site: Site) -> Result<Next, Stop> {
-        if let Some((page, mode)) = self.cache.place(site.block)
-            && self.cache.is_fresh(site.block, &self.memory)
-        {
-            let before = self.cache.count.flushes;
-            let mode = Mode(mode.0 | Mode::SOLO);
-            if let Some(host) = self.find(page + u64::from(site.guest), mode) {
-                if before == self.cache.count.flushes {
-                    self.cache.patch(&site, host);
-                }
-                return Ok(Next::Host(host));
+        let before = self.cache.count.flushes;
+        if let Some(host) = self.solo(&site) {
+            if before == self.cache.count.flushes {
+                self.cache.patch(&site, host);
             }
+            return Ok(Next::Host(host));
         }
         self.flags_out();
         self.interpret()
+    }
+
+    /// The block without groups that begins at a site.
+    fn solo(&mut self, site: &Site) -> Option<u64> {
+        let (page, mode) = self.cache.place(site.block)?;
+        if !self.cache.is_fresh(site.block, &self.memory) {
+            return None;
+        }
+        self.find(page + u64::from(site.guest), Mode(mode.0 | Mode::SOLO))
     }
 
     /// A jump to where the table of jumps knows nothing. RIP is the jump's.

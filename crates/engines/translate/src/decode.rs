@@ -5,6 +5,8 @@ use iced_x86::{
 };
 use memory::Memory;
 
+use crate::allowed::{self, Class};
+
 /// Bytes of the longest instruction.
 pub const LONGEST: u64 = 15;
 const PAGE: u64 = 0x1000;
@@ -151,6 +153,19 @@ pub fn may_write(i: &Instruction) -> u32 {
 pub fn reads(i: &Instruction) -> u32 {
     let own = i.rflags_read() & STATUS;
     if may_not_write(i) { own | i.rflags_modified() & STATUS } else { own }
+}
+
+/// Whether an instruction may fault, or be left to the reference engine: all but those on registers alone.
+pub fn may_fault(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    let plain = (0..i.op_count()).all(|n| match i.op_kind(n) {
+        OpKind::Register => i.op_register(n).is_gpr(),
+        kind => kind != OpKind::Memory,
+    });
+    !plain
+        || i.is_stack_instruction()
+        || allowed::class(i) != Some(Class::Integer)
+        || matches!(i.mnemonic(), M::Div | M::Idiv)
 }
 
 /// The number of the condition of a Jcc, SETcc or CMOVcc, as the encoding has it.

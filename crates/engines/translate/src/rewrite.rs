@@ -256,8 +256,8 @@ impl Builder<'_, '_> {
         self.flags_written(&i);
     }
 
-    /// Where the op itself begins the flags may be the host's again.
-    fn mark_op(&mut self) {
+    /// Where the op itself begins the flags may no longer be the host's, or be again.
+    pub fn mark_op(&mut self) {
         let Some(last) = self.marks.last().copied() else { return };
         let in_host = matches!(self.flags, crate::block::Flags::Host | crate::block::Flags::Both);
         if last.flags_in_host != in_host {

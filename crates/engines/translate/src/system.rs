@@ -44,7 +44,6 @@ impl Builder<'_, '_> {
                 self.a.load(reg::U, frame(at::KERNEL_GS));
                 self.a.store(frame(at::GS), reg::U);
                 self.a.store(frame(at::KERNEL_GS), reg::T);
-                self.owner = None;
             }
             Mnemonic::Stac => {
                 self.a.or_mem(frame(at::RFLAGS), AC);
@@ -56,6 +55,8 @@ impl Builder<'_, '_> {
             }
         }
         self.flags_lost();
+        // It is lost when the reference engine executes the instruction after all.
+        self.owner = None;
         let op = self.op(i);
         let here = self.a.address();
         let site = self.site(Kind::Helper { op }, i.ip() as u16, here);
