@@ -108,11 +108,12 @@ fn run_sequences(cases: u64, seed: u64, save: Option<PathBuf>) -> Result<()> {
         }
     }
     println!(
-        "seeds {seed} to {}: {} cases, {} endless, {} undefined, {} differ",
+        "seeds {seed} to {}: {} cases, {} endless, {} undefined, {} stale, {} differ",
         seed + summary.cases,
         summary.cases,
         summary.endless,
         summary.undefined,
+        summary.stale,
         summary.failures.len()
     );
     anyhow::ensure!(summary.failures.is_empty(), "the translate engine differs from the interpreter");

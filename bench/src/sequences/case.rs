@@ -82,6 +82,10 @@ pub struct Case {
     pub ist: bool,
     /// An interrupt that waits; 0 for none.
     pub interrupt: u8,
+    /// If not 0, it does not wait from the start on, but comes when translated code has been left so many times.
+    pub pause: u16,
+    /// Whether the translate engine keeps dead flags exact where exceptions push them.
+    pub exact: bool,
     /// Words at RSP.
     pub stack: Vec<u64>,
     /// Page-table entries: code, data, and the code once more, writable.
@@ -111,6 +115,8 @@ impl Case {
             mxcsr: 0x1f80,
             ist: true,
             interrupt: 0,
+            pause: 0,
+            exact: false,
             stack: Vec::new(),
             pages,
         }
@@ -192,6 +198,7 @@ impl Case {
         let _ = writeln!(t, "cr0 {:x}\ncr4 {:x}\nbases {}", self.cr0, self.cr4, list(&self.bases));
         let _ = writeln!(t, "vectors {:x}\nmxcsr {:x}", self.vectors, self.mxcsr);
         let _ = writeln!(t, "ist {:x}\ninterrupt {:x}", u8::from(self.ist), self.interrupt);
+        let _ = writeln!(t, "pause {:x}\nexact {:x}", self.pause, u8::from(self.exact));
         let _ = writeln!(t, "stack {}\npages {}", list(&self.stack), list(&self.pages));
         t
     }
@@ -228,6 +235,8 @@ impl Case {
                 "mxcsr" => case.mxcsr = number()? as u32,
                 "ist" => case.ist = number()? != 0,
                 "interrupt" => case.interrupt = number()? as u8,
+                "pause" => case.pause = number()? as u16,
+                "exact" => case.exact = number()? != 0,
                 "stack" => case.stack = words()?,
                 "pages" => case.pages = words()?.try_into().map_err(|_| bad())?,
                 _ => return Err(bad()),

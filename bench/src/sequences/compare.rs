@@ -1,22 +1,17 @@
 //! What counts as a difference.
 
-use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Formatter, Instruction, Mnemonic as M, NasmFormatter, OpKind,
-    RflagsBits,
-};
-use machine::cpu::{Debug, Exit};
+use iced_x86::{Decoder, Formatter, Instruction, Mnemonic as M, NasmFormatter, OpKind, RflagsBits};
+use machine::cpu::State;
+use x86::exception::vector;
 use x86::flags;
 use x86::segment::{attr, index};
 
 use super::case::Case;
-use super::layout::{CODE_AT, HANDLERS, KERNEL};
-use super::pair::{Outcome, Pair, Side};
+use super::layout::{self, CODE_AT, HANDLERS, KERNEL};
+use super::pair::{Outcome, Pair, Point, Side};
 
 /// Instructions that are followed at most when flags have to be understood.
 const STEPS: usize = 4000;
-
-/// Instructions that are looked at to see which flags are needed.
-const AHEAD: usize = 48;
 
 const STATUS: [(u32, u64); 6] = [
     (RflagsBits::CF, flags::CF),
@@ -51,7 +46,7 @@ fn undefined(i: &Instruction) -> u64 {
 }
 
 /// All that differs after both ran `case`, in words.
-pub fn differences(pair: &Pair, reference: &Outcome, subject: &Outcome) -> Vec<String> {
+pub fn differences(pair: &Pair, case: &Case, reference: &Outcome, subject: &Outcome) -> Vec<String> {
     let mut all = Vec::new();
     if (reference.exit, reference.endless) != (subject.exit, subject.endless) {
         all.push(format!(
@@ -81,10 +76,8 @@ pub fn differences(pair: &Pair, reference: &Outcome, subject: &Outcome) -> Vec<S
             all.push("states differ".into());
         }
     }
-    for (n, (a, b)) in
-        pair.subject.now.iter().zip(&pair.reference.now).enumerate().filter(|(_, (a, b))| a != b)
-    {
-        all.push(format!("memory at {:x} is {a:016x}, not {b:016x}", 8 * n));
+    for (at, a, b) in words(&pair.subjects[usize::from(case.exact)].now, &pair.reference.now) {
+        all.push(format!("memory at {at:x} is {a:08x}, not {b:08x}"));
         if all.len() > 20 {
             all.push("and so on".into());
             break;
@@ -93,81 +86,148 @@ pub fn differences(pair: &Pair, reference: &Outcome, subject: &Outcome) -> Vec<S
     all
 }
 
-/// Flags that may be read, from the instruction at `rip` on, before they are written. What a fault pushes of the others
-/// is lost on nobody who goes on after it, and the translate engine does not keep it.
-fn live(side: &mut Side, width: u32, base: u64, mut rip: u64, most: usize) -> u64 {
-    let (mut live, mut written) = (0, 0);
-    for n in 0..most {
-        let bytes: [u8; 15] = side.peek(rip.wrapping_add(if width == 64 { 0 } else { base }));
-        let i = Decoder::with_ip(width, &bytes, rip, DecoderOptions::NONE).decode();
-        let modified = bits(i.rflags_modified());
-        let maybe = is_shift(&i) && i.op_kind(i.op_count() - 1) == OpKind::Register || i.has_rep_prefix();
-        live |= bits(i.rflags_read()) & !written;
-        written |= if maybe { 0 } else { modified };
-        if i.is_invalid() || live | written == flags::STATUS {
-            break;
-        }
-        match i.flow_control() {
-            FlowControl::Next => rip = i.next_ip(),
-            FlowControl::UnconditionalBranch if i.near_branch_target() != 0 => rip = i.near_branch_target(),
-            FlowControl::ConditionalBranch => {
-                let both = [i.next_ip(), i.near_branch_target()];
-                return both
-                    .into_iter()
-                    .fold(live, |l, at| l | self::live(side, width, base, at, (most - n) / 2) & !written);
-            }
-            _ => break,
-        }
-    }
-    live | flags::STATUS & !written
+/// Where two memories differ: address and both values.
+fn words<'a>(a: &'a [u8], b: &'a [u8]) -> impl Iterator<Item = (usize, u32, u32)> + 'a {
+    let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |w: u32, &b| w << 8 | u32::from(b));
+    let pages = a.chunks(0x1000).zip(b.chunks(0x1000)).enumerate().filter(|(_, (a, b))| a != b);
+    pages.flat_map(move |(page, (a, b))| {
+        let words = a.chunks(4).zip(b.chunks(4)).enumerate().filter(|(_, (a, b))| a != b);
+        words.map(move |(n, (a, b))| (0x1000 * page + 4 * n, word(a), word(b)))
+    })
 }
+
+/// Whether two memories are alike but for `flags` in what looks like images of RFLAGS, at whatever addresses. With
+/// `touched` the first may say of more pages that they were accessed or written: by an instruction before which an
+/// interrupt came.
+pub fn alike(a: &[u8], b: &[u8], flags: u64, touched: bool) -> bool {
+    let image = |bytes: &[u8]| {
+        let [low, middle, high, top] = *bytes else { return false };
+        // What is always set, and always clear.
+        low & 0x2a == 2 && middle & 0x80 == 0 && high & 0xc0 == 0 && top == 0
+    };
+    let [low, middle] = [flags as u8, (flags >> 8) as u8];
+    words(a, b).all(|(at, x, y)| {
+        if touched && at as u64 & !0xfff == layout::TABLE && x == y | x & ACCESSED_DIRTY {
+            return true;
+        }
+        (at..at + 4).filter(|&n| a[n] != b[n]).all(|n| {
+            let is = |from: usize, mask: u8| {
+                (a[n] ^ b[n]) & !mask == 0 && a.get(from..from + 4).is_some_and(image)
+            };
+            is(n, low) || n > 0 && is(n - 1, middle)
+        })
+    })
+}
+
+/// Status flags at the end that need not be right where dead flags may be stale: those that a fault pushed, for only a
+/// software interrupt reads them.
+pub fn stale(state: &State) -> u64 {
+    let vector = state.rip.wrapping_sub(KERNEL + HANDLERS) >> 4;
+    let software = vector == u64::from(vector::BP) || (32..256).contains(&vector);
+    if software { 0 } else { flags::STATUS }
+}
+
+const ACCESSED_DIRTY: u32 = 0x60;
 
 /// What an execution says about undefined flags.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Trace {
     /// Flags that are undefined at the end.
     pub open: u64,
-    /// An instruction, or a frame on the stack, depended on undefined flags.
+    /// Flags that were undefined when an exception or an interrupt pushed them.
+    pub pushed: u64,
+    /// An instruction depended on undefined flags.
     pub depends: bool,
 }
 
-/// Follows the case on the reference engine. Memory is then as it was at the end.
+/// Follows the case on the reference engine, with its interrupt where it came to `point` the `n`-th time. Memory is then
+/// as it was at the end.
 pub fn trace(
     side: &mut Side,
     case: &Case,
-    image: &[u64],
+    image: &[u8],
+    point: Option<&(Point, u32)>,
     show: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Trace> {
     side.prepare(case, image)?;
-    side.cpu.debug(&Debug { step: true, ..Debug::default() })?;
     let mut trace = Trace::default();
-    let mut formatter = NasmFormatter::new();
+    let mut left = point.map(|p| p.1);
     for _ in 0..STEPS {
-        let state = side.cpu.state()?;
-        let cs = state.segments[index::CS];
+        if let (Some((point, _)), Some(n)) = (point, left)
+            && side.is_at(point)?
+        {
+            left = n.checked_sub(1);
+            if n == 0 {
+                side.interrupt(case.interrupt);
+            }
+        }
+        let state = side.cpu().state()?;
         let handlers = KERNEL + HANDLERS;
-        let width = match (cs.has(attr::L), cs.has(attr::DB)) {
-            (true, _) => 64,
-            (_, true) => 32,
-            _ => 16,
-        };
         if (handlers..handlers + 0x1000).contains(&state.rip) {
             break;
         }
-        let bytes: [u8; 15] = side.peek(state.rip.wrapping_add(if width == 64 { 0 } else { cs.base }));
-        let i = Decoder::with_ip(width, &bytes, state.rip, DecoderOptions::NONE).decode();
-        let mut text = String::new();
-        formatter.format(&i, &mut text);
-        let at = state.rip.wrapping_sub(case.offset() + CODE_AT);
-        show(&format!(
-            "{at:6x} {text}  rflags {:x} rax {:x} rcx {:x} rsp {:x}",
-            state.rflags, state.gpr[0], state.gpr[1], state.gpr[4]
-        ));
+        let i = instruction(side, &state);
+        show(&describe(case, &i, &state));
+        trace.before(&i, &state);
+        if side.step().is_some() {
+            break;
+        }
+        let after = side.cpu().state()?;
+        if !inside(state.rip) && inside(after.rip) {
+            if matches!(i.mnemonic(), M::Div | M::Idiv) {
+                trace.open |= undefined(&i);
+            }
+            trace.pushed |= trace.open;
+            if state.rflags & flags::TF != 0 {
+                trace.after(&i);
+                trace.pushed |= trace.open;
+            }
+        } else if inside(state.rip) && !inside(after.rip) {
+            trace.open |= trace.pushed;
+        } else {
+            trace.after(&i);
+        }
+        if i.is_invalid() {
+            break;
+        }
+    }
+    side.reread();
+    Ok(trace)
+}
+
+/// Whether it is an address of a handler.
+fn inside(rip: u64) -> bool {
+    (KERNEL..KERNEL + 0x20_0000).contains(&rip)
+}
+
+/// The instruction at RIP.
+fn instruction(side: &mut Side, state: &State) -> Instruction {
+    let cs = state.segments[index::CS];
+    let width = match (cs.has(attr::L), cs.has(attr::DB)) {
+        (true, _) => 64,
+        (_, true) => 32,
+        _ => 16,
+    };
+    let bytes: [u8; 15] = side.peek(state.rip.wrapping_add(if width == 64 { 0 } else { cs.base }));
+    Decoder::with_ip(width, &bytes, state.rip, side.options()).decode()
+}
+
+fn describe(case: &Case, i: &Instruction, state: &State) -> String {
+    let mut text = String::new();
+    NasmFormatter::new().format(i, &mut text);
+    let at = state.rip.wrapping_sub(case.offset() + CODE_AT);
+    let [rax, rcx, _, _, rsp, ..] = state.gpr;
+    format!("{at:6x} {text}  rflags {:x} rax {rax:x} rcx {rcx:x} rsp {rsp:x}", state.rflags)
+}
+
+impl Trace {
+    /// Before an instruction that may depend on undefined flags.
+    fn before(&mut self, i: &Instruction, state: &State) {
         let reads = match i.mnemonic() {
-            M::Pushf | M::Pushfd | M::Pushfq | M::Lahf | M::Syscall | M::Int | M::Int1 => flags::STATUS,
+            M::Pushf | M::Pushfd | M::Pushfq | M::Lahf | M::Syscall => flags::STATUS,
             _ => bits(i.rflags_read()),
         };
-        trace.depends |= reads & trace.open != 0;
+        self.depends |= reads & self.open != 0;
         // 16-bit double shifts by more than 16 leave even the result undefined.
         let narrow = matches!(i.mnemonic(), M::Shld | M::Shrd) && i.op1_register().is_gpr16();
         let count = if i.op_kind(i.op_count().saturating_sub(1)) == OpKind::Immediate8 {
@@ -175,37 +235,12 @@ pub fn trace(
         } else {
             state.gpr[1] as u8
         };
-        trace.depends |= narrow && count & 31 > 16;
-        let code = side.code();
-        let dead = flags::STATUS & !live(side, width, cs.base, i.next_ip(), AHEAD);
-        let dead_here = flags::STATUS & !live(side, width, cs.base, state.rip, AHEAD);
-        let exit = side.cpu.run()?;
-        if exit == Exit::TripleFault {
-            trace.open |= dead_here;
-            break;
-        }
-        let after = side.cpu.state()?;
-        let ended = (handlers..handlers + 0x1000).contains(&after.rip);
-        if ended && i.flow_control() != FlowControl::Interrupt {
-            trace.open |= dead_here;
-        }
-        if i.is_invalid() || exit == Exit::Kicked {
-            break;
-        }
-        // A frame was pushed on the way to a handler that comes back.
-        if (KERNEL..KERNEL + 0x4000).contains(&after.rip) && trace.open != 0 && state.rip < KERNEL {
-            trace.depends = true;
-        }
-        if !ended {
-            let conditional = is_shift(&i) || i.has_rep_prefix() || i.has_repne_prefix();
-            let written = if conditional { 0 } else { bits(i.rflags_modified()) };
-            trace.open = trace.open & !written | undefined(&i);
-            if side.code() != code {
-                // Flags that the code as it was would not have needed.
-                trace.open |= dead;
-            }
-        }
+        self.depends |= narrow && count & 31 > 16;
     }
-    side.cpu.debug(&Debug::default())?;
-    Ok(trace)
+
+    fn after(&mut self, i: &Instruction) {
+        let conditional = is_shift(i) || i.has_rep_prefix() || i.has_repne_prefix();
+        let written = if conditional { 0 } else { bits(i.rflags_modified()) };
+        self.open = self.open & !written | undefined(i);
+    }
 }

@@ -144,9 +144,12 @@ fn state(case: &mut Case, r: &mut Random) {
         *base &= if long { !0 } else { 0xffff_ffff };
     }
     case.ist = !r.one_in(4);
-    if r.one_in(6) {
+    if r.one_in(3) {
         case.interrupt = INTERRUPTS.start as u8 + r.below(8) as u8;
+        case.pause = if r.one_in(3) { 0 } else { 1 + r.below(12) as u16 };
+        case.rflags |= if case.pause != 0 { flags::IF } else { 0 };
     }
+    case.exact = r.one_in(2);
     pages(case, r);
 }
 

@@ -58,8 +58,8 @@ pub fn page(n: usize) -> (u64, u64) {
     (linear, TABLE + 8 * (linear >> 12 & 511))
 }
 
-/// Memory from 0 to [`END`], as words.
-pub fn image() -> Vec<u64> {
+/// Memory from 0 to [`END`].
+pub fn image() -> Vec<u8> {
     let mut bytes = vec![0; END as usize];
     let mut put = |at: u64, what: &[u8]| bytes[at as usize..][..what.len()].copy_from_slice(what);
     let mut word = |at: u64, value: u64| put(at, &value.to_le_bytes());
@@ -123,5 +123,5 @@ pub fn image() -> Vec<u64> {
             put(frame + 16 * n, &random.vector().to_le_bytes());
         }
     }
-    bytes.chunks(8).map(|c| c.iter().rev().fold(0, |w, &b| w << 8 | u64::from(b))).collect()
+    bytes
 }

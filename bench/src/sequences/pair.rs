@@ -1,4 +1,4 @@
-//! Two machines that are alike, but for their engines.
+//! Machines that are alike, but for their engines.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,23 +8,38 @@ use anyhow::{Context, Result};
 use machine::apic::{Apics, Local, LocalState};
 use machine::cpu::{Exit, State, Vcpu};
 use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
+use vm_memory::{Bytes, GuestAddress};
 use x86::cpuid::Cpuid;
 use x86::gpr;
 
 use super::case::Case;
-use super::layout::{self, FRAMES, PORT};
+use super::layout::{self, END, FRAMES, INTERRUPTS, PORT};
+
+/// Instructions after which a case counts as endless: those that end execute some hundreds.
+const MOST: u64 = 3000;
+/// How often a case is looked at that does not end, and how often it may be seen.
+const TICK: Duration = Duration::from_millis(20);
+const TICKS: u32 = 15;
+const PAGE: usize = 0x1000;
+/// More exits than there are.
+const NEVER: u64 = 1 << 60;
 
 /// How a case went on one engine.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
     /// How it ended.
     pub exit: Exit,
     /// It did not end by itself in time.
     pub endless: bool,
-    /// Instructions, if the engine counts them.
-    pub instructions: u64,
     /// The state at its end.
     pub state: State,
+}
+
+/// Where translated code was when it was interrupted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Point {
+    rip: u64,
+    gpr: [u64; 16],
 }
 
 /// The ports with which a case talks to us.
@@ -45,7 +60,7 @@ impl Registers for Ports {
                 self.local.kick();
             }
             1 => self.local.write(0xb0, 0),
-            _ => ask(&self.local, layout::INTERRUPTS.start as u8 + (value as u8 & 7)),
+            _ => ask(&self.local, INTERRUPTS.start as u8 + (value as u8 & 7)),
         }
     }
 }
@@ -62,31 +77,51 @@ struct Watch {
     stop: AtomicBool,
 }
 
+/// A machine's engine.
+enum Engine {
+    Interpret(Box<interpret::Cpu>),
+    Translate(Box<translate::Cpu>),
+}
+
 /// One machine.
 pub struct Side {
-    /// Its processor.
-    pub cpu: Box<dyn Vcpu>,
+    engine: Engine,
     memory: Memory,
     local: Arc<Local>,
     apic: LocalState,
     ended: Arc<AtomicBool>,
     watch: Arc<Watch>,
-    /// What memory holds.
-    pub now: Vec<u64>,
+    /// What memory holds, as far as we know.
+    pub now: Vec<u8>,
     _apics: Apics,
 }
 
-/// An engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Engine {
-    /// The reference.
-    Interpret,
-    /// What is compared with it.
-    Translate,
+fn start_watch(cpu: &dyn Vcpu) -> Arc<Watch> {
+    let watch = Arc::new(Watch {
+        number: AtomicU64::new(0),
+        timed_out: AtomicBool::new(false),
+        stop: AtomicBool::new(false),
+    });
+    let (kicker, watching) = (cpu.kicker(), watch.clone());
+    std::thread::spawn(move || {
+        let (mut seen, mut ticks) = (0, 0);
+        while !watching.stop.load(Ordering::SeqCst) {
+            std::thread::sleep(TICK);
+            let now = watching.number.load(Ordering::SeqCst);
+            ticks = if now == seen && now % 2 == 1 { ticks + 1 } else { 0 };
+            if ticks > TICKS {
+                watching.timed_out.store(true, Ordering::SeqCst);
+                kicker.kick();
+            }
+            seen = now;
+        }
+    });
+    watch
 }
 
 impl Side {
-    fn new(engine: Engine, cpuid: Arc<Cpuid>) -> Result<Self> {
+    /// A machine: `None` has the reference engine, else dead flags are exact or not.
+    fn new(exact: Option<bool>, cpuid: Arc<Cpuid>) -> Result<Self> {
         let memory = Memory::new(1 << 20, 0)?;
         let clock = Arc::new(Clock::manual(1_000_000));
         let timers = Timers::new(clock.clone())?;
@@ -104,47 +139,84 @@ impl Side {
         let ended = Arc::new(AtomicBool::new(false));
         let ports = Ports { local: local.clone(), ended: ended.clone() };
         machine.ports.insert(PORT, 3, "sequences", Arc::new(ports))?;
-        let cpu: Box<dyn Vcpu> = match engine {
-            Engine::Interpret => Box::new(interpret::Cpu::new(machine, local.clone(), cpuid, 0)),
-            Engine::Translate => Box::new(translate::Cpu::new(machine, local.clone(), cpuid, 0, 1)?),
-        };
-        let watch = Arc::new(Watch {
-            number: AtomicU64::new(0),
-            timed_out: AtomicBool::new(false),
-            stop: AtomicBool::new(false),
-        });
-        let (kicker, watching) = (cpu.kicker(), watch.clone());
-        std::thread::spawn(move || {
-            let mut seen = 0;
-            while !watching.stop.load(Ordering::SeqCst) {
-                std::thread::sleep(Duration::from_millis(20));
-                let now = watching.number.load(Ordering::SeqCst);
-                if now == seen && now % 2 == 1 {
-                    watching.timed_out.store(true, Ordering::SeqCst);
-                    kicker.kick();
-                }
-                seen = now;
+        let (engine, watch) = match exact {
+            None => {
+                let cpu = Box::new(interpret::Cpu::new(machine, local.clone(), cpuid, 0));
+                let watch = start_watch(&*cpu);
+                (Engine::Interpret(cpu), watch)
             }
-        });
+            Some(exact) => {
+                let mut cpu = Box::new(translate::Cpu::new(machine, local.clone(), cpuid, 0, 1)?);
+                cpu.keep_all_flags(exact);
+                let watch = start_watch(&*cpu);
+                (Engine::Translate(cpu), watch)
+            }
+        };
         let apic = local.state();
-        let now = vec![0; (layout::END / 8) as usize];
-        Ok(Self { cpu, memory, local, apic, ended, watch, now, _apics: apics })
+        Ok(Self { engine, memory, local, apic, ended, watch, now: vec![0; END as usize], _apics: apics })
+    }
+
+    /// Its processor.
+    pub fn cpu(&mut self) -> &mut dyn Vcpu {
+        match &mut self.engine {
+            Engine::Interpret(cpu) => &mut **cpu,
+            Engine::Translate(cpu) => &mut **cpu,
+        }
+    }
+
+    /// How its instructions are decoded.
+    pub fn options(&mut self) -> u32 {
+        match &mut self.engine {
+            Engine::Interpret(cpu) => interpret::options(cpu.core()),
+            Engine::Translate(_) => 0,
+        }
     }
 
     /// Makes everything as `case` wants it, with `image` in memory.
-    pub fn prepare(&mut self, case: &Case, image: &[u64]) -> Result<()> {
-        for (n, (&want, now)) in image.iter().zip(&mut self.now).enumerate() {
-            if want != *now {
-                self.memory.store(8 * n as u64, want);
-                *now = want;
+    pub fn prepare(&mut self, case: &Case, image: &[u8]) -> Result<()> {
+        for (at, (want, now)) in image.chunks(PAGE).zip(self.now.chunks(PAGE)).enumerate() {
+            if want != now {
+                self.write(at * PAGE, want, now);
             }
         }
+        self.now.copy_from_slice(image);
         self.local.set_state(&self.apic);
-        self.cpu.set_state(&case.state())?;
-        if case.interrupt != 0 {
+        self.cpu().set_state(&case.state())?;
+        if case.interrupt != 0 && case.pause == 0 {
             ask(&self.local, case.interrupt);
         }
         Ok(())
+    }
+
+    /// Writes the words that differ, so that no more code than these hold counts as changed.
+    fn write(&self, at: usize, want: &[u8], now: &[u8]) {
+        let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |w: u64, &b| w << 8 | u64::from(b));
+        for (n, (want, now)) in want.chunks(8).zip(now.chunks(8)).enumerate() {
+            if want != now {
+                self.memory.store((at + 8 * n) as u64, word(want));
+            }
+        }
+    }
+
+    fn begin(&mut self) {
+        self.ended.store(false, Ordering::SeqCst);
+        self.watch.timed_out.store(false, Ordering::SeqCst);
+        self.watch.number.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn finish(&mut self, exit: Exit, endless: bool) -> Result<Outcome> {
+        self.watch.number.fetch_add(1, Ordering::SeqCst);
+        let state = self.cpu().state()?;
+        self.reread();
+        Ok(Outcome { exit, endless, state })
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    fn is_late(&self) -> bool {
+        self.watch.timed_out.load(Ordering::SeqCst)
     }
 
     /// Runs until the end.
@@ -152,44 +224,141 @@ impl Side {
     /// # Errors
     /// The engine gives up.
     pub fn run(&mut self) -> Result<Outcome> {
-        self.ended.store(false, Ordering::SeqCst);
-        self.watch.timed_out.store(false, Ordering::SeqCst);
-        self.watch.number.fetch_add(1, Ordering::SeqCst);
-        let before = self.cpu.stats().instructions.unwrap_or(0);
-        let (mut exit, mut endless) = (Exit::Kicked, false);
-        while !self.ended.load(Ordering::SeqCst) && exit == Exit::Kicked {
-            exit = self.cpu.run()?;
-            if self.watch.timed_out.load(Ordering::SeqCst) {
-                endless = !self.ended.load(Ordering::SeqCst);
+        self.begin();
+        let (exit, endless) = self.go_on()?;
+        self.finish(exit, endless)
+    }
+
+    fn go_on(&mut self) -> Result<(Exit, bool)> {
+        if let Engine::Interpret(cpu) = &mut self.engine {
+            return Ok(bounded(cpu, &self.ended, &self.watch.timed_out));
+        }
+        let mut exit = Exit::Kicked;
+        while !self.has_ended() && exit == Exit::Kicked {
+            exit = self.cpu().run()?;
+            if self.is_late() {
+                return Ok((exit, !self.has_ended()));
+            }
+        }
+        Ok((exit, false))
+    }
+
+    /// Runs until translated code has been left `case.pause` times, has the case's interrupt come there, and goes on until
+    /// the end. Tells where that was, if it came to that.
+    ///
+    /// # Errors
+    /// The engine gives up.
+    pub fn run_interrupted(&mut self, case: &Case) -> Result<(Outcome, Option<Point>)> {
+        self.begin();
+        if let Engine::Translate(cpu) = &mut self.engine {
+            cpu.pause_after(case.pause.into());
+        }
+        let exit = self.cpu().run()?;
+        let late = self.is_late();
+        if self.has_ended() || exit != Exit::Kicked || late {
+            if let Engine::Translate(cpu) = &mut self.engine {
+                cpu.pause_after(NEVER);
+            }
+            let endless = late && !self.has_ended();
+            return Ok((self.finish(exit, endless)?, None));
+        }
+        let state = self.cpu().state()?;
+        ask(&self.local, case.interrupt);
+        let (exit, endless) = self.go_on()?;
+        Ok((self.finish(exit, endless)?, Some(Point { rip: state.rip, gpr: state.gpr })))
+    }
+
+    /// Runs to the `n`-th time that execution comes to `point`, has the interrupt come there, and goes on until the end.
+    /// `None` if it does not come there.
+    ///
+    /// # Errors
+    /// The engine gives up.
+    pub fn run_to(&mut self, point: &Point, n: u32, interrupt: u8) -> Result<Option<Outcome>> {
+        self.begin();
+        let mut left = n;
+        let mut found = false;
+        for _ in 0..MOST {
+            if self.is_at(point)? {
+                if left == 0 {
+                    found = true;
+                    break;
+                }
+                left -= 1;
+            }
+            if self.step().is_some() {
                 break;
             }
         }
-        self.watch.number.fetch_add(1, Ordering::SeqCst);
-        let state = self.cpu.state()?;
-        self.reread();
-        let instructions = self.cpu.stats().instructions.unwrap_or(0) - before;
-        Ok(Outcome { exit, endless, instructions, state })
-    }
-
-    /// Looks at memory again, after it was changed by steps.
-    pub fn reread(&mut self) {
-        for (n, now) in self.now.iter_mut().enumerate() {
-            *now = self.memory.load(8 * n as u64);
+        if !found {
+            self.finish(Exit::Kicked, false)?;
+            return Ok(None);
         }
+        ask(&self.local, interrupt);
+        let (exit, endless) = self.go_on()?;
+        self.finish(exit, endless).map(Some)
     }
 
-    /// What the pages of code hold.
-    pub fn code(&self) -> Vec<u64> {
-        let frames = FRAMES[..2].iter();
-        frames.flat_map(|f| (0..512).map(move |n| f + 8 * n)).map(|at| self.memory.load(at)).collect()
+    /// Lets the reference engine execute one instruction, or deliver one interrupt. Tells whether it ends.
+    pub fn step(&mut self) -> Option<Exit> {
+        let Engine::Interpret(cpu) = &mut self.engine else { return Some(Exit::Kicked) };
+        let done = if cpu.wants_attention() { cpu.attend() } else { cpu.instruction().map(|()| None) };
+        done.unwrap_or_else(|_| Some(cpu.shut_down()))
+    }
+
+    /// Has an interrupt come.
+    pub fn interrupt(&self, vector: u8) {
+        ask(&self.local, vector);
+    }
+
+    /// Whether execution is at `point`.
+    pub fn is_at(&mut self, point: &Point) -> Result<bool> {
+        if let Engine::Interpret(cpu) = &mut self.engine
+            && cpu.core().rip != point.rip
+        {
+            return Ok(false);
+        }
+        let state = self.cpu().state()?;
+        Ok(state.rip == point.rip && state.gpr == point.gpr)
+    }
+
+    /// Looks at memory again.
+    pub fn reread(&mut self) {
+        let all = self.memory.guest().read_slice(&mut self.now, GuestAddress(0));
+        debug_assert!(all.is_ok(), "{all:?}");
     }
 
     /// The bytes at a linear address that is mapped.
     pub fn peek<const N: usize>(&mut self, linear: u64) -> [u8; N] {
-        std::array::from_fn(|n| {
-            let at = self.cpu.translate(linear.wrapping_add(n as u64));
-            at.map_or(0, |gpa| self.memory.load(gpa))
-        })
+        let mut bytes = [0; N];
+        let first = N.min(PAGE - (linear as usize & (PAGE - 1)));
+        for (at, piece) in [(0, 0..first), (first, first..N)] {
+            if let Some(gpa) = self.cpu().translate(linear.wrapping_add(at as u64))
+                && !piece.is_empty()
+                && gpa + 16 <= END
+            {
+                self.memory.read(gpa, &mut bytes[piece]);
+            }
+        }
+        bytes
+    }
+}
+
+/// Runs until the end, or until a case that ends would have ended: whether it did not.
+fn bounded(cpu: &mut interpret::Cpu, ended: &AtomicBool, late: &AtomicBool) -> (Exit, bool) {
+    let begun = cpu.core().count.instructions;
+    loop {
+        let exit = match cpu.blocks(16) {
+            Ok(()) if cpu.wants_attention() => cpu.attend(),
+            Ok(()) => Ok(None),
+            Err(shutdown) => Err(shutdown),
+        };
+        match exit {
+            Ok(Some(Exit::Kicked)) if !ended.load(Ordering::SeqCst) && !late.load(Ordering::SeqCst) => {}
+            Ok(Some(exit)) => return (exit, !ended.load(Ordering::SeqCst)),
+            Ok(None) if cpu.core().count.instructions - begun > MOST => return (Exit::Kicked, true),
+            Ok(None) => {}
+            Err(_) => return (cpu.shut_down(), false),
+        }
     }
 }
 
@@ -199,13 +368,13 @@ impl Drop for Side {
     }
 }
 
-/// Both machines.
+/// All machines.
 pub struct Pair {
     /// With the reference engine.
     pub reference: Side,
-    /// With the other.
-    pub subject: Side,
-    base: Vec<u64>,
+    /// With the other: dead flags may be stale, and are exact.
+    pub subjects: [Side; 2],
+    base: Vec<u8>,
 }
 
 impl Pair {
@@ -215,24 +384,17 @@ impl Pair {
     /// The host gives no memory, or its processor cannot be shown to a guest.
     pub fn new() -> Result<Self> {
         let cpuid = Arc::new(crate::fuzz::processor()?);
-        Ok(Self {
-            reference: Side::new(Engine::Interpret, cpuid.clone())?,
-            subject: Side::new(Engine::Translate, cpuid)?,
-            base: layout::image(),
-        })
+        let subjects = [Side::new(Some(false), cpuid.clone())?, Side::new(Some(true), cpuid.clone())?];
+        Ok(Self { reference: Side::new(None, cpuid)?, subjects, base: layout::image() })
     }
 
     /// What memory holds at the start of a case.
-    pub fn image(&self, case: &Case) -> Vec<u64> {
+    pub fn image(&self, case: &Case) -> Vec<u8> {
         let mut image = self.base.clone();
-        let mut put = |at: u64, byte: u8| {
-            let (word, shift) = ((at / 8) as usize, 8 * (at % 8));
-            image[word] = image[word] & !(0xff << shift) | u64::from(byte) << shift;
-        };
         for (n, &byte) in case.code.iter().enumerate() {
             let at = usize::from(case.start) + n;
-            if at < 0x2000 {
-                put(FRAMES[at >> 12] + (at as u64 & 0xfff), byte);
+            if at < 2 * PAGE {
+                image[FRAMES[at >> 12] as usize + (at & 0xfff)] = byte;
             }
         }
         let size = case.mode.bits() as usize / 8;
@@ -241,12 +403,13 @@ impl Pair {
             for (k, &byte) in word.to_le_bytes()[..size].iter().enumerate() {
                 let at = top.wrapping_add((n * size + k) as u64);
                 if at < 0x8000 {
-                    put(FRAMES[2 + (at >> 12) as usize] + (at & 0xfff), byte);
+                    image[(FRAMES[2 + (at >> 12) as usize] + (at & 0xfff)) as usize] = byte;
                 }
             }
         }
         for (n, entry) in case.pages.iter().enumerate() {
-            image[(layout::page(n).1 / 8) as usize] = *entry;
+            let at = layout::page(n).1 as usize;
+            image[at..at + 8].copy_from_slice(&entry.to_le_bytes());
         }
         image
     }
