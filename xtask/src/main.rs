@@ -3,6 +3,7 @@
 
 mod bed;
 mod boots;
+mod fuzz;
 mod guests;
 mod nested;
 mod packages;
@@ -32,6 +33,8 @@ enum Command {
     },
     /// Boot stock kernels many times in a row
     Boots(boots::Args),
+    /// Fuzz what reads kernels, packages and the archive's answers, guided by coverage
+    Fuzz(fuzz::Args),
     /// Boot the nested bed, where KVM works on every host, and run Lodge in it
     Nested(nested::Args),
 }
@@ -46,6 +49,7 @@ fn main() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Boots(args) => boots::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Nested(args) => nested::run(&args),
     }
 }

@@ -9,6 +9,11 @@ use std::path::{Path, PathBuf};
 pub use conf::AptConf;
 pub use sources::{Entry, SignedBy};
 
+#[cfg(fuzzing)]
+pub(crate) fn parse_sources(text: &str) {
+    let _ = (sources::parse_list(text), sources::parse_deb822(text));
+}
+
 /// The apt configuration of one host.
 #[derive(Debug, Default)]
 pub struct Apt {

@@ -20,6 +20,9 @@ pub mod deb;
 mod deb822;
 mod error;
 mod fetch;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guest;
 pub mod kernel;
 mod openpgp;
