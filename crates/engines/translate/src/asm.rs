@@ -215,6 +215,59 @@ impl Asm {
         self.imm32(value as i32);
     }
 
+    /// CMP r64, imm.
+    pub fn cmp64_imm32(&mut self, reg: u8, value: i32) {
+        self.rr(true, &[0x81], 7, reg);
+        self.imm32(value);
+    }
+
+    /// An instruction with a register and a memory operand of 1, 2, 4 or 8 bytes: `opcode` is that of the larger ones, of
+    /// which the one for bytes is one less.
+    fn sized(&mut self, size: u32, opcode: u8, reg: u8, mem: Mem) {
+        match size {
+            // RSI and RDI have low bytes only with a REX prefix.
+            1 if reg < 8 && mem.base.is_none_or(|b| b < 8) && mem.index.is_none_or(|(x, _)| x < 8) => {
+                self.raw(&[0x40, opcode - 1]);
+                self.modrm(reg, mem);
+            }
+            1 => self.rm(false, &[opcode - 1], reg, mem),
+            2 => {
+                self.code.push(0x66);
+                self.rm(false, &[opcode], reg, mem);
+            }
+            _ => self.rm(size == 8, &[opcode], reg, mem),
+        }
+    }
+
+    /// MOV [mem], register, of 1, 2, 4 or 8 bytes.
+    pub fn store_sized(&mut self, size: u32, mem: Mem, reg: u8) {
+        self.sized(size, 0x89, reg, mem);
+    }
+
+    /// CMP register, [mem], of 1, 2, 4 or 8 bytes.
+    pub fn cmp_sized(&mut self, size: u32, reg: u8, mem: Mem) {
+        self.sized(size, 0x3b, reg, mem);
+    }
+
+    /// MOV register, [mem], of 1, 2, 4 or 8 bytes, with zeros above.
+    pub fn load_sized(&mut self, size: u32, reg: u8, mem: Mem) {
+        match size {
+            1 => self.rm(false, &[0x0f, 0xb6], reg, mem),
+            2 => self.rm(false, &[0x0f, 0xb7], reg, mem),
+            _ => self.rm(size == 8, &[0x8b], reg, mem),
+        }
+    }
+
+    /// A string instruction with REP, on elements of 1, 2, 4 or 8 bytes; `opcode` is that for bytes.
+    pub fn rep(&mut self, opcode: u8, size: u32) {
+        match size {
+            1 => self.raw(&[0xf3, opcode]),
+            2 => self.raw(&[0x66, 0xf3, opcode + 1]),
+            4 => self.raw(&[0xf3, opcode + 1]),
+            _ => self.raw(&[0xf3, 0x48, opcode + 1]),
+        }
+    }
+
     /// ADD r64, r64.
     pub fn add64(&mut self, to: u8, from: u8) {
         self.rr(true, &[0x03], to, from);

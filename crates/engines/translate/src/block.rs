@@ -32,7 +32,9 @@ impl Mode {
     pub const GS: u8 = 16;
     /// Each access looks its page up by itself: for where groups of accesses cross a page. From such a block execution goes
     /// on in others.
-    pub const SOLO: u8 = 32;
+    pub const SOLO: u8 = 64;
+    /// String instructions move backward.
+    pub const DF: u8 = 32;
 
     /// The mode of blocks that a block is linked to.
     pub fn linked(self) -> Self {
@@ -347,7 +349,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         if decode::is_skipped(i) || self.is_control(i) || self.is_stack(i) {
             return false;
         }
-        if self.is_system(i) {
+        if self.is_system(i) || self.is_string(i) {
             return false;
         }
         if self.segment_is_special(i) || self.address_is_special(i) {
@@ -382,6 +384,8 @@ impl<'a, 'p> Builder<'a, 'p> {
         }
         if self.is_system(i) {
             self.system(i);
+        } else if self.is_string(i) {
+            self.string(i);
         } else if self.is_bit_string(i) {
             self.bit_string(i);
         } else if self.is_stack(i) {
@@ -389,7 +393,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         } else if i.mnemonic() == Mnemonic::Lea {
             self.load_address(i);
         } else {
-            self.crossing = None;
+            self.forget_crossing();
             let size = i.memory_size().size() as u8;
             self.align = if interpret::alignment_counts(i) { size.saturating_sub(1) } else { 0 };
             self.copy(i);
@@ -410,6 +414,11 @@ impl<'a, 'p> Builder<'a, 'p> {
         self.flags = Flags::Memory;
         self.owner = None;
         goes_on
+    }
+
+    /// For instructions that do not let [`Builder::go_on_after`] make use of it.
+    pub fn forget_crossing(&mut self) {
+        self.crossing = None;
     }
 
     /// Lets translated code go on behind an instruction whose operand crossed a page, if nothing but its result is expected
@@ -580,7 +589,7 @@ impl<'a, 'p> Builder<'a, 'p> {
     }
 
     /// The entry for the linear address in RDI to RSI; ZF tells whether there is none.
-    fn look_up(&mut self) {
+    pub fn look_up(&mut self) {
         if self.c.host.bmi1 {
             self.a.page_number();
         } else {

@@ -17,6 +17,7 @@ use machine::{Gpa, Machine, apic};
 use memory::Memory;
 use x86::control::{cr0, cr4, xcr0};
 use x86::cpuid::Cpuid;
+use x86::flags;
 use x86::segment::{attr, index};
 
 use crate::Error;
@@ -155,6 +156,7 @@ impl Cpu {
             mode |= if usable(index::FS) { Mode::FS } else { 0 };
             mode |= if usable(index::GS) { Mode::GS } else { 0 };
         }
+        mode |= if core.rflags & flags::DF != 0 { Mode::DF } else { 0 };
         let s = &core.s;
         if s.cr0 & (cr0::EM | cr0::TS) == 0 && s.cr4 & cr4::OSFXSR != 0 {
             mode |= Mode::SSE;
@@ -361,6 +363,9 @@ impl Cpu {
         f.set(at::FS, fs);
         f.set(at::GS, gs);
         f.set(at::KERNEL_GS, core.s.msrs.kernel_gs_base);
+        for (n, s) in (0..).zip(&core.s.segments) {
+            f.set(at::SELECTORS + 8 * n, s.selector.into());
+        }
         f.set32(at::RFLAGS, core.rflags as u32);
         f.set32(at::SYSTEM, u32::from(core.cpl == 0));
         f.set32(at::WAITING, u32::from(waits));

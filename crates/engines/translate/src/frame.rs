@@ -75,6 +75,8 @@ pub mod at {
     pub const TABLE_AC: i32 = 212;
     /// 2^47, which added to a canonical address gives one of 48 bits.
     pub const HALF: i32 = 220;
+    /// The selectors in ES, CS, SS, DS, FS and GS, 8 bytes each.
+    pub const SELECTORS: i32 = 228;
     /// The table of jumps: entries of 16 bytes, salted linear address and host address.
     pub const JUMPS: i32 = 0x1004;
 }

@@ -27,6 +27,7 @@ mod rewrite;
 mod seats;
 mod signal;
 mod space;
+mod strings;
 mod stubs;
 mod system;
 #[cfg(test)]

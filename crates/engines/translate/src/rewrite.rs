@@ -116,7 +116,7 @@ impl Builder<'_, '_> {
     }
 
     /// Writes a guest register, all of it.
-    fn assign(&mut self, guest: u8, from: u8) {
+    pub fn assign(&mut self, guest: u8, from: u8) {
         match seat(guest) {
             Seat::Host(r) if self.c.mode.wide() => self.a.mov(r, from),
             Seat::Host(r) => self.a.mov32(r, from),

@@ -24,7 +24,7 @@ const LEAST: usize = 256;
 const PAGES: usize = 1 << 16;
 /// Salts that there are.
 const SALTS: u16 = 0x7ff0;
-const MODES: usize = 32;
+const MODES: usize = 64;
 
 struct Space {
     pcid: u16,

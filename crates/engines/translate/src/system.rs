@@ -1,21 +1,32 @@
 //! Instructions of operating systems that are too frequent to leave to the reference engine: interrupts on and off, the
-//! flags, SWAPGS, and the override of SMAP. At privilege level 0 they change the frame; else they are left to it after all.
+//! flags, SWAPGS, selectors, and the override of SMAP. At privilege level 0 they change the frame; else they are left to it after all.
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use crate::asm::{cc, frame, reg};
-use crate::block::{Builder, Cold, Kind};
+use crate::block::{Builder, Cold, Kind, Mode};
 use crate::frame::at;
+use crate::seats::number;
 
 const IF: u32 = 1 << 9;
 const AC: u32 = 1 << 18;
 const STATUS: u32 = 0x8d5;
+
+/// The number of the segment register that a MOV reads.
+fn selector(i: &Instruction) -> Option<i32> {
+    let from = i.op1_register();
+    (i.op1_kind() == OpKind::Register && from.is_segment_register()).then(|| from.number() as i32)
+}
 
 impl Builder<'_, '_> {
     /// Whether the instruction is one of these.
     pub fn is_system(&self, i: &Instruction) -> bool {
         match i.mnemonic() {
             Mnemonic::Cli | Mnemonic::Sti => true,
+            Mnemonic::Cld => self.c.mode.0 & Mode::DF == 0,
+            Mnemonic::Mov => {
+                selector(i).is_some() && i.op0_kind() == OpKind::Register && i.op0_register().size() >= 4
+            }
             Mnemonic::Pushfq | Mnemonic::Pushfd => i.stack_pointer_increment() == -self.c.mode.word(),
             Mnemonic::Swapgs => self.c.mode.wide(),
             Mnemonic::Stac | Mnemonic::Clac => self.c.host.fsgsbase,
@@ -25,8 +36,15 @@ impl Builder<'_, '_> {
 
     /// Rewrites it.
     pub fn system(&mut self, i: &Instruction) {
-        if matches!(i.mnemonic(), Mnemonic::Pushfq | Mnemonic::Pushfd) {
-            return self.push_flags();
+        match i.mnemonic() {
+            Mnemonic::Pushfq | Mnemonic::Pushfd => return self.push_flags(),
+            // DF is clear in this mode.
+            Mnemonic::Cld => return,
+            Mnemonic::Mov => {
+                self.a.load(reg::T, frame(at::SELECTORS + 8 * selector(i).unwrap_or(0)));
+                return self.assign(number(i.op0_register()), reg::T);
+            }
+            _ => {}
         }
         self.release_flags();
         self.a.cmp_imm(frame(at::SYSTEM), 0);

@@ -2,13 +2,14 @@
 
 use std::fmt::Write;
 
-use iced_x86::{Decoder, OpAccess, Register};
+use iced_x86::{Decoder, Instruction, OpAccess, Register};
 use interpret::flags::Lazy;
 use interpret::op::slot;
 
 use super::{Cpu, Next, Stop};
 use crate::frame::at;
 use crate::seats::number;
+use crate::strings;
 
 /// Bytes of code that a report has at most.
 const CODE: usize = 512;
@@ -37,6 +38,7 @@ impl Cpu {
         } else {
             self.flags_out();
         }
+        self.catch_up();
         let (rw, ro, len) = self.alias;
         let inside = (rw..rw + len).contains(&address) || (ro..ro + len).contains(&address);
         if signal == libc::SIGSEGV && inside {
@@ -53,19 +55,37 @@ impl Cpu {
         self.interpret()
     }
 
+    /// Brings the registers of a string instruction that faulted on its way up to date.
+    fn catch_up(&mut self) {
+        let Some(i) = self.decode() else { return };
+        if let Some((registers, size)) = strings::behind(&i) {
+            let count = self.frame.get(at::SCRATCH2);
+            let core = self.vcpu.core();
+            let done = count.wrapping_sub(core.r[1]).wrapping_mul(size);
+            for &r in registers {
+                let moved = core.r[usize::from(r)].wrapping_add(done);
+                core.r[usize::from(r)] = if core.bits == 64 { moved } else { moved & 0xffff_ffff };
+            }
+        }
+    }
+
+    /// The instruction at RIP.
+    fn decode(&mut self) -> Option<Instruction> {
+        let core = self.vcpu.core();
+        let linear = core.code_linear(core.rip);
+        let at = core.fetch(linear).ok()??;
+        let mut bytes = [0; 15];
+        self.memory.read(at, &mut bytes);
+        let core = self.vcpu.core();
+        Some(Decoder::with_ip(core.bits.into(), &bytes, core.rip, interpret::options(core)).decode())
+    }
+
     /// A store met a page that cannot be written. True if it can be now.
     fn store_fault(&mut self, address: u64) -> bool {
         let (rw, ro, len) = self.alias;
         let offset = if (rw..rw + len).contains(&address) { address - rw } else { address - ro } & !0xfff;
-        let core = self.vcpu.core();
-        let rip = core.rip;
-        let linear = core.code_linear(rip);
-        let Ok(Some(at)) = core.fetch(linear) else { return false };
-        let mut bytes = [0; 15];
-        self.memory.read(at, &mut bytes);
-        let options = interpret::options(core);
-        let i = Decoder::with_ip(core.bits.into(), &bytes, rip, options).decode();
-        let wide = core.bits == 64;
+        let Some(i) = self.decode() else { return false };
+        let wide = self.vcpu.core().bits == 64;
         let value = |core: &interpret::core::Core, r: Register| -> u64 {
             match r {
                 Register::FS => core.r[usize::from(slot::FS)],

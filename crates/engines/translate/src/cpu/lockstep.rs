@@ -36,6 +36,7 @@ use crate::control::is_far;
 use crate::decode::{self, STATUS};
 use crate::frame::{NO_SALT, at, reason};
 use crate::seats::number;
+use crate::strings::String as Strings;
 
 /// Instructions that the reference engine executes ahead at most: no block is longer.
 const AHEAD: usize = 64;
@@ -357,7 +358,11 @@ fn is_pure(i: &Instruction, cpuid: &Cpuid) -> bool {
     }
     match i.mnemonic() {
         M::Lea | M::Leave | M::Pushfd | M::Pushfq => true,
-        M::Cli | M::Sti | M::Swapgs | M::Stac | M::Clac => true,
+        M::Cli | M::Sti | M::Cld | M::Swapgs | M::Stac | M::Clac => true,
+        M::Mov if i.op1_kind() == OpKind::Register && i.op1_register().is_segment_register() => {
+            i.op0_kind() == OpKind::Register
+        }
+        _ if Strings::of(i).is_some() => !i.has_rep_prefix() && !i.has_repne_prefix(),
         M::Push | M::Pop => i.op0_kind() != OpKind::Register || i.op0_register().is_gpr(),
         _ if allowed::is_bit_string(i) => matches!(i.op1_register().size(), 4 | 8),
         _ => decode::is_skipped(i) || allowed::class(i).is_some(),
