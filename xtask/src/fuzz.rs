@@ -88,7 +88,7 @@ fn fuzz(args: &Args, program: &Path, dir: &str, name: &str) -> Result<()> {
         Ok(path)
     };
     println!("fuzzing {name}");
-    let options = ["-verbosity=0", "-print_final_stats=1", "-timeout=20"];
+    let options = ["-verbosity=0", "-print_funcs=0", "-print_final_stats=1", "-timeout=20"];
     let mut command = sh::command(&program.display().to_string(), &options);
     command.arg(format!("-artifact_prefix={}/", place("artifacts")?.display()));
     match &args.input {

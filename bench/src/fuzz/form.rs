@@ -153,6 +153,16 @@ fn is_memory(k: K) -> bool {
     matches!(k, K::mem | K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y)
 }
 
+/// A case in the making: its operands are drawn one after the other.
+struct Draft<'a> {
+    i: Instruction,
+    bits: u32,
+    /// Where the data pages begin.
+    data: u64,
+    image: CpuImage,
+    random: &'a mut Random,
+}
+
 impl Form {
     /// Its name: mnemonic, code, mode and kind of operand, in lower case.
     pub fn name(&self) -> String {
@@ -180,12 +190,13 @@ impl Form {
         let mut memory = [0; WINDOW];
         memory.chunks_mut(16).for_each(|c| c.copy_from_slice(&random.vector().to_le_bytes()));
 
-        let mut i = Instruction::default();
-        i.set_code(self.code);
+        let mut draft = Draft { i: Instruction::default(), bits, data, image, random };
+        draft.i.set_code(self.code);
         let kinds = self.code.op_code().op_kinds();
         for (n, &kind) in kinds.iter().enumerate() {
-            self.operand(&mut i, n as u32, kind, bits, data, &mut image, random)?;
+            self.operand(&mut draft, n as u32, kind)?;
         }
+        let Draft { mut i, mut image, random, .. } = draft;
         // A bit string that is as far away as an address may lie in the oracle itself.
         let bits_by_register = matches!(self.code.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
             && i.op0_kind() == OpKind::Memory
@@ -243,26 +254,18 @@ impl Form {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn operand(
-        &self,
-        i: &mut Instruction,
-        n: u32,
-        kind: K,
-        bits: u32,
-        data: u64,
-        image: &mut CpuImage,
-        random: &mut Random,
-    ) -> Option<()> {
+    fn operand(&self, draft: &mut Draft, n: u32, kind: K) -> Option<()> {
+        if is_memory(kind) || is_either(kind) && self.memory {
+            return self.memory(draft, n, kind);
+        }
+        let bits = draft.bits;
+        let Draft { i, random, .. } = draft;
         let count = if bits == 64 { 16 } else { 8 };
         let mut register = |first: Register, count: u32| {
             i.set_op_kind(n, OpKind::Register);
             i.set_op_register(n, first + random.below(count));
         };
         let code = if bits == 16 { 0 } else { CODE };
-        if is_memory(kind) || is_either(kind) && self.memory {
-            return self.memory(i, n, kind, bits, data, image, random);
-        }
         match kind {
             K::r8_or_mem | K::r8_reg | K::r8_opcode if bits == 64 => register(Register::AL, 20),
             K::r8_or_mem | K::r8_reg | K::r8_opcode => register(Register::AL, 8),
@@ -370,17 +373,9 @@ impl Form {
     }
 
     /// An operand in memory: base, at times an index, and a displacement; in the window nearly always.
-    #[allow(clippy::too_many_arguments)]
-    fn memory(
-        &self,
-        i: &mut Instruction,
-        n: u32,
-        kind: K,
-        bits: u32,
-        data: u64,
-        image: &mut CpuImage,
-        random: &mut Random,
-    ) -> Option<()> {
+    fn memory(&self, draft: &mut Draft, n: u32, kind: K) -> Option<()> {
+        let (bits, data) = (draft.bits, draft.data);
+        let Draft { i, image, random, .. } = draft;
         i.set_op_kind(n, OpKind::Memory);
         let aligned = if random.one_in(4) { 1 } else { 32 };
         let spot = u64::from(random.below(WINDOW as u32 - 96)) / aligned * aligned + 32;

@@ -195,6 +195,14 @@ impl Shift for Ror {
     }
 }
 
+/// Rotates CF and, below it, `a` to the left by `n`, which is at most their width; the new `a` and CF.
+#[inline(always)]
+fn through_carry<T: Word>(cf: bool, a: T, n: u32) -> (T, bool) {
+    let wide = u128::from(cf) << T::BITS | u128::from(a.u());
+    let turned = wide << n | wide >> (T::BITS + 1 - n);
+    (T::of(turned as u64), turned >> T::BITS & 1 != 0)
+}
+
 impl Shift for Rcl {
     #[inline(always)]
     fn run<T: Word>(c: &mut Core, a: T, n: u32) -> T {
@@ -202,10 +210,7 @@ impl Shift for Rcl {
         if n == 0 {
             return a;
         }
-        let mask = (1u128 << (T::BITS + 1)) - 1;
-        let wide = u128::from(c.lazy.cf()) << T::BITS | u128::from(a.u());
-        let turned = (wide << n | wide >> (T::BITS + 1 - n)) & mask;
-        let (res, cf) = (T::of(turned as u64), turned >> T::BITS & 1 != 0);
+        let (res, cf) = through_carry(c.lazy.cf(), a, n);
         c.lazy = c.lazy.with_cf_of(cf, sign::<T>(res.u()) != cf);
         res
     }
@@ -218,10 +223,7 @@ impl Shift for Rcr {
         if n == 0 {
             return a;
         }
-        let mask = (1u128 << (T::BITS + 1)) - 1;
-        let wide = u128::from(c.lazy.cf()) << T::BITS | u128::from(a.u());
-        let turned = (wide >> n | wide << (T::BITS + 1 - n)) & mask;
-        let (res, cf) = (T::of(turned as u64), turned >> T::BITS & 1 != 0);
+        let (res, cf) = through_carry(c.lazy.cf(), a, T::BITS + 1 - n);
         c.lazy = c.lazy.with_cf_of(cf, sign::<T>(res.u() ^ (res.u() << 1)));
         res
     }

@@ -23,6 +23,13 @@ pub enum Source {
     Software,
 }
 
+/// A gate of the IDT, which is present and may be used: its first 8 bytes, in long mode the other 8, and its type.
+struct Gate {
+    low: u64,
+    high: u64,
+    kind: u8,
+}
+
 /// A triple fault.
 pub struct Shutdown;
 
@@ -82,12 +89,16 @@ impl Core {
         let fault = source == Source::Exception && !matches!(v, vector::DB | vector::BP | vector::OF);
         let rf = if fault { flags::RF } else { 0 };
         let external = u32::from(source != Source::Software);
-        let result = if self.long() {
-            self.deliver_long(v, source, code, rf, external)
-        } else if self.s.cr0 & x86::control::cr0::PE != 0 {
-            self.deliver_protected(v, source, code, rf, external)
-        } else {
+        let result = if self.s.cr0 & x86::control::cr0::PE == 0 {
             self.deliver_real(v)
+        } else {
+            self.gate(v, source, external).and_then(|gate| {
+                if self.long() {
+                    self.deliver_long(&gate, code, rf, external)
+                } else {
+                    self.deliver_protected(&gate, source, code, rf, external)
+                }
+            })
         };
         if result.is_ok() {
             self.attend(attention::SHADOW, false);
@@ -123,31 +134,35 @@ impl Core {
         self.raise(Exception::with_code(v, u32::from(vector) << 3 | 2 | external))
     }
 
-    fn deliver_long(
-        &mut self,
-        v: u8,
-        source: Source,
-        code: Option<u32>,
-        rf: u64,
-        external: u32,
-    ) -> Result<()> {
-        let at = u64::from(v) * 16;
-        if at + 15 > self.s.idtr.limit.into() {
+    /// Reads the gate of vector `v`, and checks what all kinds of gates have in common.
+    fn gate(&mut self, v: u8, source: Source, external: u32) -> Result<Gate> {
+        let long = self.long();
+        let size = if long { 16 } else { 8 };
+        let at = u64::from(v) * size;
+        if at + size - 1 > self.s.idtr.limit.into() {
             return self.gate_fault(vector::GP, v, external);
         }
-        let low = self.read_system::<u64>(self.s.idtr.base.wrapping_add(at))?;
-        let high = self.read_system::<u64>(self.s.idtr.base.wrapping_add(at + 8))?;
+        let at = self.s.idtr.base.wrapping_add(at);
+        let low = self.read_system::<u64>(at)?;
+        let high = if long { self.read_system::<u64>(at.wrapping_add(8))? } else { 0 };
         let k = (low >> 40) as u8 & 0x1f;
         let dpl = (low >> 45) as u8 & 3;
-        if !matches!(k, kind::INTERRUPT_GATE | kind::TRAP_GATE) || high >> 40 & 0x1f != 0 {
-            return self.gate_fault(vector::GP, v, external);
-        }
-        if source == Source::Software && dpl < self.cpl {
+        let known = match k {
+            kind::INTERRUPT_GATE | kind::TRAP_GATE => high >> 40 & 0x1f == 0,
+            kind::TASK_GATE | kind::INTERRUPT_GATE16 | kind::TRAP_GATE16 => !long,
+            _ => false,
+        };
+        if !known || source == Source::Software && dpl < self.cpl {
             return self.gate_fault(vector::GP, v, external);
         }
         if low >> 47 & 1 == 0 {
             return self.gate_fault(vector::NP, v, external);
         }
+        Ok(Gate { low, high, kind: k })
+    }
+
+    fn deliver_long(&mut self, gate: &Gate, code: Option<u32>, rf: u64, external: u32) -> Result<()> {
+        let (low, high) = (gate.low, gate.high);
         let target = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
         let selector = (low >> 16) as u16;
         let (cs, cpl) = self.gate_code_segment(selector, external, true)?;
@@ -186,7 +201,7 @@ impl Core {
         self.set_segment(index::CS, Segment { selector: selector & !3 | u16::from(cpl), ..cs });
         self.set_cpl(cpl);
         self.rip = target;
-        self.gate_flags(k == kind::INTERRUPT_GATE);
+        self.gate_flags(gate.kind == kind::INTERRUPT_GATE);
         Ok(())
     }
 
@@ -306,33 +321,13 @@ impl Core {
 
     fn deliver_protected(
         &mut self,
-        v: u8,
+        gate: &Gate,
         source: Source,
         code: Option<u32>,
         rf: u64,
         external: u32,
     ) -> Result<()> {
-        let at = u64::from(v) * 8;
-        if at + 7 > self.s.idtr.limit.into() {
-            return self.gate_fault(vector::GP, v, external);
-        }
-        let gate = self.read_system::<u64>(self.s.idtr.base.wrapping_add(at))?;
-        let k = (gate >> 40) as u8 & 0x1f;
-        let dpl = (gate >> 45) as u8 & 3;
-        let known = matches!(
-            k,
-            kind::TASK_GATE
-                | kind::INTERRUPT_GATE16
-                | kind::TRAP_GATE16
-                | kind::INTERRUPT_GATE
-                | kind::TRAP_GATE
-        );
-        if !known || source == Source::Software && dpl < self.cpl {
-            return self.gate_fault(vector::GP, v, external);
-        }
-        if gate >> 47 & 1 == 0 {
-            return self.gate_fault(vector::NP, v, external);
-        }
+        let (gate, k) = (gate.low, gate.kind);
         let selector = (gate >> 16) as u16;
         if k == kind::TASK_GATE {
             return self.deliver_to_task(selector, source, code, rf);
