@@ -362,6 +362,8 @@ impl<'a, 'p> Builder<'a, 'p> {
             return false;
         }
         match allowed::class(i) {
+            // It reads 32 bits from memory, whatever its name.
+            Some(Class::Integer) if i.mnemonic() == Mnemonic::Movsxd && i.op0_register().is_gpr16() => true,
             Some(Class::Integer) => self.too_many_temporaries(i),
             Some(Class::Sse) => self.c.mode.0 & Mode::SSE == 0 || self.too_many_temporaries(i),
             Some(Class::Avx) => {
@@ -392,6 +394,8 @@ impl<'a, 'p> Builder<'a, 'p> {
             self.stack(i);
         } else if i.mnemonic() == Mnemonic::Lea {
             self.load_address(i);
+        } else if matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) && !self.c.mode.wide() {
+            self.zero_vectors(i.mnemonic() == Mnemonic::Vzeroall);
         } else {
             self.forget_crossing();
             let size = i.memory_size().size() as u8;

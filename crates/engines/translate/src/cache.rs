@@ -180,16 +180,13 @@ impl Cache {
             return false;
         }
         self.changes = changes;
-        let mut any = false;
-        for n in 0..self.pages.len() {
-            let page = &self.pages[n];
-            let generation = memory.code().generation(page.offset);
-            if generation != page.generation && !(page.entries.is_empty() && page.straddlers.is_empty()) {
-                self.drop_page(n);
-                any = true;
-            }
-        }
-        any
+        let stale = |n: &&u32| {
+            let page = &self.pages[**n as usize];
+            memory.code().generation(page.offset) != page.generation
+        };
+        let stale: Vec<u32> = self.index.values().filter(stale).copied().collect();
+        stale.iter().for_each(|&n| self.drop_page(n as usize));
+        !stale.is_empty()
     }
 
     fn drop_page(&mut self, n: usize) {

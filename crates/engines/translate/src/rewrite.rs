@@ -269,6 +269,18 @@ impl Builder<'_, '_> {
         }
     }
 
+    /// VZEROUPPER or VZEROALL of 32-bit code, which has eight vector registers: the host's own would clear sixteen.
+    pub fn zero_vectors(&mut self, all: bool) {
+        for n in 0..8u8 {
+            let operands = 0xc0 | n << 3 | n;
+            if all {
+                self.a.raw(&[0xc5, 0x81 | (15 - n) << 3, 0xef, operands]); // VPXOR xmm, xmm, xmm
+            } else {
+                self.a.raw(&[0xc5, 0xf8, 0x28, operands]); // VMOVAPS xmm, xmm
+            }
+        }
+    }
+
     fn encode(&mut self, i: &Instruction) {
         let at = self.a.address();
         match self.encoder.encode(i, at) {
