@@ -90,23 +90,27 @@ fn run_fuzz(cases: u64, seed: u64, filter: &str, save: Option<PathBuf>) -> Resul
 }
 
 fn run_sequences(cases: u64, seed: u64, save: Option<PathBuf>) -> Result<()> {
+    if let Some(directory) = &save {
+        std::fs::create_dir_all(directory)?;
+    }
     let start = std::time::Instant::now();
-    let mut next = 0;
+    let (mut next, mut told) = (0, 0);
     let summary = sequences::run(cases, seed, |s| {
         if s.cases >= next {
             let rate = s.cases as f64 / start.elapsed().as_secs_f64();
             eprintln!("{} of {cases} cases, {rate:.0} a second, {} differ", s.cases, s.failures.len());
             next = s.cases + (cases / 20).clamp(1, 50_000);
         }
-    })?;
-    for (seed, case, what) in &summary.failures {
-        let text = format!("# seed {seed}: {}\n{}", what.join("; "), sequences::describe(case));
-        println!("{text}");
-        if let Some(directory) = &save {
-            std::fs::create_dir_all(directory)?;
-            std::fs::write(directory.join(format!("{seed}.txt")), text)?;
+        for (seed, case, what) in &s.failures[told..] {
+            let text = format!("# seed {seed}: {}\n{}", what.join("; "), sequences::describe(case));
+            println!("{text}");
+            let path = save.as_ref().map(|directory| directory.join(format!("{seed}.txt")));
+            if let Some(Err(e)) = path.map(|path| std::fs::write(path, text)) {
+                eprintln!("cannot save the case: {e}");
+            }
         }
-    }
+        told = s.failures.len();
+    })?;
     println!(
         "seeds {seed} to {}: {} cases, {} endless, {} undefined, {} stale, {} differ",
         seed + summary.cases,

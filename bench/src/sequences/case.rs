@@ -132,6 +132,11 @@ impl Case {
         self.offset() + CODE_AT + u64::from(self.start)
     }
 
+    /// Whether it goes from one address space to another, which have PCIDs 1 and 2.
+    pub fn switches(&self) -> bool {
+        self.cr4 & cr4::PCIDE != 0
+    }
+
     /// The state in which it starts.
     pub fn state(&self) -> State {
         let mut s = State::reset(true, 0);
@@ -147,7 +152,7 @@ impl Case {
         s.tr = Segment { selector: 0x40, attributes: attr::P | 11, limit: 0x67, base: KERNEL + TSS };
         if self.mode.is_long() {
             s.efer |= efer::LME | efer::LMA;
-            s.cr3 = PML4;
+            s.cr3 = PML4 | u64::from(self.switches());
             s.idtr = Table { base: KERNEL + if self.ist { IDT_IST } else { IDT }, limit: 0xfff };
         } else {
             s.cr3 = PDPT_PAE;

@@ -100,10 +100,11 @@ fn words<'a>(a: &'a [u8], b: &'a [u8]) -> impl Iterator<Item = (usize, u32, u32)
 /// `touched` the first may say of more pages that they were accessed or written: by an instruction before which an
 /// interrupt came.
 pub fn alike(a: &[u8], b: &[u8], flags: u64, touched: bool) -> bool {
-    let image = |bytes: &[u8]| {
-        let [low, middle, high, top] = *bytes else { return false };
-        // What is always set, and always clear.
-        low & 0x2a == 2 && middle & 0x80 == 0 && high & 0xc0 == 0 && top == 0
+    let image = |from: usize| {
+        // What is always set, and always clear, as far as the page goes: what follows lies elsewhere.
+        const IMAGE: [(u8, u8); 4] = [(0x2a, 2), (0x80, 0), (0xc0, 0), (0xff, 0)];
+        let page = &a[from..(from | 0xfff) + 1];
+        page.iter().zip(IMAGE).all(|(byte, (mask, value))| byte & mask == value)
     };
     let [low, middle] = [flags as u8, (flags >> 8) as u8];
     words(a, b).all(|(at, x, y)| {
@@ -111,10 +112,8 @@ pub fn alike(a: &[u8], b: &[u8], flags: u64, touched: bool) -> bool {
             return true;
         }
         (at..at + 4).filter(|&n| a[n] != b[n]).all(|n| {
-            let is = |from: usize, mask: u8| {
-                (a[n] ^ b[n]) & !mask == 0 && a.get(from..from + 4).is_some_and(image)
-            };
-            is(n, low) || n > 0 && is(n - 1, middle)
+            let is = |from: usize, mask: u8| (a[n] ^ b[n]) & !mask == 0 && image(from);
+            is(n, low) || is(n.saturating_sub(1), middle) || n & 0xfff == 0 && (a[n] ^ b[n]) & !middle == 0
         })
     })
 }

@@ -151,6 +151,11 @@ fn state(case: &mut Case, r: &mut Random) {
     }
     case.exact = r.one_in(2);
     pages(case, r);
+    if case.mode == Mode::Kernel && r.one_in(3) {
+        // What is global, or changes in one address space alone, may be remembered or not.
+        case.cr4 |= cr4::PCIDE;
+        case.pages.iter_mut().for_each(|page| *page &= !0x100);
+    }
 }
 
 /// Rights of pages.

@@ -22,6 +22,8 @@ pub const FRAMES: [u64; PAGES] = [
 
 pub const GDT: u64 = 0x1000;
 const RETURNS: u64 = 0x1800;
+/// Changes a page-table entry: code that does that to its own page may or may not be fetched in between.
+pub const REMAP: u64 = 0x1a00;
 pub const IDT: u64 = 0x2000;
 pub const TSS: u64 = 0x3000;
 pub const TSS_32: u64 = 0x3800;
@@ -40,11 +42,17 @@ const LOW: u64 = 0xd000;
 /// The page table with the entries of [`FRAMES`].
 pub const TABLE: u64 = 0xe000;
 const MIDDLE: u64 = 0xf000;
+/// Root of another address space, for ring 0 in 64-bit mode.
+pub const OTHER_PML4: u64 = 0x5000;
+const OTHER_PDPT: u64 = 0x1_1000;
+const OTHER_LOW: u64 = 0x1_3000;
+const OTHER_TABLE: u64 = 0;
 /// Where it all ends.
 pub const END: u64 = 0x1_c000;
 
-/// Ports: a write ends the run, ends an interrupt, or asks for an interrupt.
-pub const PORT: u64 = 0xf4;
+/// Ports: a write ends the run, ends an interrupt, or asks for an interrupt. As code, they are NOP and
+/// exchanges of registers: jumps may lead there.
+pub const PORT: u64 = 0x90;
 /// Vectors of interrupts.
 pub const INTERRUPTS: std::ops::Range<u64> = 0x30..0x38;
 
@@ -63,7 +71,8 @@ pub fn image() -> Vec<u8> {
     let mut bytes = vec![0; END as usize];
     let mut put = |at: u64, what: &[u8]| bytes[at as usize..][..what.len()].copy_from_slice(what);
     let mut word = |at: u64, value: u64| put(at, &value.to_le_bytes());
-    // Code and data of ring 0, code of 32 bits; the same of ring 3; a small data segment.
+    // Code and data of ring 0, code of 32 bits; the same of ring 3; a small data segment; code
+    // of 16 bits.
     for (n, descriptor) in [
         (1, 0x00af_9b00_0000_ffff),
         (2, 0x00cf_9300_0000_ffff),
@@ -72,6 +81,8 @@ pub fn image() -> Vec<u8> {
         (5, 0x00cf_f300_0000_ffff),
         (6, 0x00af_fb00_0000_ffff),
         (7, 0x0040_f341_0000_2fff),
+        (10, 0x008f_9b00_0000_ffff),
+        (11, 0x008f_fb00_0000_ffff),
     ] {
         word(GDT + 8 * n, descriptor);
     }
@@ -102,6 +113,17 @@ pub fn image() -> Vec<u8> {
         }
     }
     word(LOW + 8 * (CODE_AT >> 21), TABLE | all);
+    // The other address space: the same code, and the data pages in another order.
+    word(OTHER_PML4, OTHER_PDPT | all);
+    word(OTHER_PML4 + 8 * 511, OTHER_PDPT | all);
+    for (n, table) in [(0, OTHER_LOW), (1, MIDDLE), (510, OTHER_LOW)] {
+        word(OTHER_PDPT + 8 * n, table | all);
+    }
+    word(OTHER_LOW + 8 * (CODE_AT >> 21), OTHER_TABLE | all);
+    for n in 0..PAGES {
+        let frame = FRAMES[if (2..10).contains(&n) { 11 - n } else { n }];
+        word(page(n).1 - TABLE + OTHER_TABLE, frame | 0x63);
+    }
     word(MIDDLE + 8 * (KERNEL >> 21 & 511), 0x1e3);
     for vector in 0..256 {
         put(HANDLERS + 16 * vector, &[0xe6, PORT as u8, 0xeb, 0xfe]); // OUT PORT, AL; JMP to itself
@@ -115,6 +137,8 @@ pub fn image() -> Vec<u8> {
     // OUT PORT + 1, AL; IRET
     put(RETURNS + 0x80, &[0xe6, PORT as u8 + 1, 0x48, 0xcf]);
     put(RETURNS + 0xc0, &[0xe6, PORT as u8 + 1, 0xcf]);
+    // MOV [RDI], EAX; INVLPG [RSI]; MOV EDI, ESI; RET
+    put(REMAP, &[0x89, 0x07, 0x0f, 0x01, 0x3e, 0x89, 0xf7, 0xc3]);
     put(FRAMES[0], &[0xcc; 0x1000]);
     put(FRAMES[1], &[0xcc; 0x1000]);
     let mut random = Random::new(7);

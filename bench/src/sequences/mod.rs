@@ -76,6 +76,7 @@ pub fn run(cases: u64, seed: u64, mut progress: impl FnMut(&Summary)) -> Result<
             Verdict::Different(first) => {
                 summary.failures.push(minimal(seed, case, first));
                 if summary.failures.len() >= ENOUGH {
+                    progress(&summary);
                     break;
                 }
             }
@@ -97,7 +98,14 @@ pub fn check(pair: &mut Pair, case: &Case) -> Verdict {
 }
 
 fn try_check(pair: &mut Pair, case: &Case) -> Result<Verdict> {
-    let verdict = compare(pair, case)?;
+    let mut verdict = compare(pair, case)?;
+    for _ in 0..3 {
+        // A busy host can make any case look endless.
+        if !matches!(&verdict, Verdict::Different(what) if what[0].starts_with("end is")) {
+            break;
+        }
+        verdict = compare(pair, case)?;
+    }
     if !matches!(verdict, Verdict::Different(_)) || case.exact {
         return Ok(verdict);
     }
@@ -105,6 +113,7 @@ fn try_check(pair: &mut Pair, case: &Case) -> Result<Verdict> {
     let image = pair.image(case);
     compare::trace(&mut pair.reference, case, &image, None, &mut |_| {})?;
     let wrote_code = code(&pair.reference.now) != code(&image);
+    pair.keep(image, case);
     let exact = Case { exact: true, ..case.clone() };
     let stale = wrote_code && matches!(compare(pair, &exact)?, Verdict::Same | Verdict::Undefined);
     Ok(if stale { Verdict::Stale } else { verdict })
@@ -112,40 +121,46 @@ fn try_check(pair: &mut Pair, case: &Case) -> Result<Verdict> {
 
 fn compare(pair: &mut Pair, case: &Case) -> Result<Verdict> {
     let image = pair.image(case);
+    let verdict = compare_with(pair, case, &image);
+    pair.keep(image, case);
+    verdict
+}
+
+fn compare_with(pair: &mut Pair, case: &Case, image: &[u8]) -> Result<Verdict> {
     let Pair { reference: side, subjects, .. } = pair;
     let subject = &mut subjects[usize::from(case.exact)];
-    side.prepare(case, &image)?;
+    side.prepare(case, image)?;
     let mut reference = side.run()?;
     if reference.endless {
         return Ok(Verdict::Endless);
     }
-    subject.prepare(case, &image)?;
+    subject.prepare(case, image)?;
     if case.pause == 0 {
         let outcome = subject.run()?;
-        return judge(pair, case, &image, (&reference, &outcome), None);
+        return judge(pair, case, image, (&reference, &outcome), None);
     }
     let (outcome, point) = subject.run_interrupted(case)?;
-    let Some(point) = point else { return judge(pair, case, &image, (&reference, &outcome), None) };
+    let Some(point) = point else { return judge(pair, case, image, (&reference, &outcome), None) };
     // The same registers may come by more than once.
     let mut verdict =
         Verdict::Different(vec![format!("it was left at {point:x?}, where the reference never was")]);
     for n in 0..OFTEN {
         let side = &mut pair.reference;
-        side.prepare(case, &image)?;
+        side.prepare(case, image)?;
         let Some(outcome_there) = side.run_to(&point, n, case.interrupt)? else { break };
         reference = outcome_there;
         if reference.endless {
             return Ok(Verdict::Endless);
         }
         let point = (point.clone(), n);
-        verdict = judge(pair, case, &image, (&reference, &outcome), Some(&point))?;
+        verdict = judge(pair, case, image, (&reference, &outcome), Some(&point))?;
         if verdict == Verdict::Same {
             break;
         }
     }
     if matches!(verdict, Verdict::Different(_)) {
         // The way to there may hang on undefined flags.
-        let trace = compare::trace(&mut pair.reference, case, &image, None, &mut |_| {})?;
+        let trace = compare::trace(&mut pair.reference, case, image, None, &mut |_| {})?;
         if trace.depends {
             return Ok(Verdict::Undefined);
         }

@@ -174,12 +174,14 @@ impl Side {
 
     /// Makes everything as `case` wants it, with `image` in memory.
     pub fn prepare(&mut self, case: &Case, image: &[u8]) -> Result<()> {
-        for (at, (want, now)) in image.chunks(PAGE).zip(self.now.chunks(PAGE)).enumerate() {
+        let mut now = std::mem::take(&mut self.now);
+        for (n, (want, now)) in image.chunks(PAGE).zip(now.chunks_mut(PAGE)).enumerate() {
             if want != now {
-                self.write(at * PAGE, want, now);
+                self.write(n * PAGE, want, now);
+                now.copy_from_slice(want);
             }
         }
-        self.now.copy_from_slice(image);
+        self.now = now;
         self.local.set_state(&self.apic);
         self.cpu().set_state(&case.state())?;
         if case.interrupt != 0 && case.pause == 0 {
@@ -375,6 +377,9 @@ pub struct Pair {
     /// With the other: dead flags may be stale, and are exact.
     pub subjects: [Side; 2],
     base: Vec<u8>,
+    /// What the last case wanted in memory, and the pages in which that is not `base`.
+    image: Vec<u8>,
+    patched: Vec<usize>,
 }
 
 impl Pair {
@@ -385,12 +390,20 @@ impl Pair {
     pub fn new() -> Result<Self> {
         let cpuid = Arc::new(crate::fuzz::processor()?);
         let subjects = [Side::new(Some(false), cpuid.clone())?, Side::new(Some(true), cpuid.clone())?];
-        Ok(Self { reference: Side::new(None, cpuid)?, subjects, base: layout::image() })
+        let (image, patched) = (Vec::new(), Vec::new());
+        Ok(Self { reference: Side::new(None, cpuid)?, subjects, base: layout::image(), image, patched })
     }
 
-    /// What memory holds at the start of a case.
-    pub fn image(&self, case: &Case) -> Vec<u8> {
-        let mut image = self.base.clone();
+    /// What memory holds at the start of a case: to be given back to [`Pair::keep`], which makes the next one cheap.
+    pub fn image(&mut self, case: &Case) -> Vec<u8> {
+        let mut image = std::mem::take(&mut self.image);
+        let patched = std::mem::take(&mut self.patched);
+        if image.is_empty() {
+            image.clone_from(&self.base);
+        }
+        for page in patched {
+            image[page..page + PAGE].copy_from_slice(&self.base[page..page + PAGE]);
+        }
         for (n, &byte) in case.code.iter().enumerate() {
             let at = usize::from(case.start) + n;
             if at < 2 * PAGE {
@@ -412,5 +425,14 @@ impl Pair {
             image[at..at + 8].copy_from_slice(&entry.to_le_bytes());
         }
         image
+    }
+
+    /// Takes back the image of `case`.
+    pub fn keep(&mut self, image: Vec<u8>, case: &Case) {
+        self.image = image;
+        let top = case.gpr[gpr::RSP].wrapping_sub(case.offset() + layout::DATA_AT);
+        let stack = [top >> 12, (top >> 12) + 1].map(|n| n as usize).into_iter().filter(|&n| n < 8);
+        let frames = [0, 1].into_iter().chain(stack.map(|n| 2 + n)).map(|n| FRAMES[n]);
+        self.patched = frames.chain([layout::TABLE]).map(|at| at as usize).collect();
     }
 }

@@ -115,6 +115,7 @@ pub fn random(p: &mut Program, case: &Case, r: &mut Random) {
         17 => p.raw(&[[0xf5, 0xf8, 0xf9, 0xfc, 0xfd, 0x9f, 0x9e, 0xd7][r.below(8) as usize]]),
         18 => strings_to_ports(p, case, r),
         19 => p.raw(&[&[0xcd], &[r.bits() as u8][..]].concat()),
+        20..23 if case.switches() => switch(p, r),
         20..23 => remap(p, case, r),
         23 => control(p, case, r),
         24 => reload(p, r),
@@ -167,7 +168,10 @@ fn interrupt_return(p: &mut Program, case: &Case, r: &mut Random) {
 /// RETF to what comes next.
 fn far_return(p: &mut Program, case: &Case, r: &mut Random) {
     let other = [(0x33, 0x23), (8, 0x18)][usize::from(!case.mode.is_user())];
-    let code = if r.one_in(6) && case.mode.is_long() {
+    let code = if r.one_in(12) {
+        // Of 16 bits, which goes well until it jumps.
+        [0x5b, 0x50][usize::from(!case.mode.is_user())]
+    } else if r.one_in(6) && case.mode.is_long() {
         [other.0, other.1][r.below(2) as usize]
     } else {
         selectors(case).0
@@ -264,6 +268,14 @@ fn remap(p: &mut Program, case: &Case, r: &mut Random) {
     let (linear, entry) = layout::page(n);
     let other = case.pages[if r.one_in(3) { r.below(12) as usize } else { n }];
     let flips = [0, 1, 2, 4, 0x20, 0x40, 0x60, 0][r.below(8) as usize];
+    if n < 2 {
+        p.set(7, layout::KERNEL + entry);
+        p.set(0, other ^ flips);
+        p.set(6, case.offset() + linear);
+        p.set(2, layout::KERNEL + layout::REMAP);
+        p.raw(&[0xff, 0xd2]); // CALL RDX
+        return;
+    }
     store(p, case, layout::KERNEL + entry, (other ^ flips) as u32, Fix::None);
     if case.high && r.one_in(4) {
         invalidate(p, case, linear);
@@ -275,6 +287,13 @@ fn remap(p: &mut Program, case: &Case, r: &mut Random) {
     } else {
         invalidate(p, case, case.offset() + linear + u64::from(r.below(0x1000)));
     }
+}
+
+/// The other address space, or this one: CR3 with its PCID, and the bit that keeps what is known of it.
+fn switch(p: &mut Program, r: &mut Random) {
+    let root = [layout::PML4 | 1, layout::OTHER_PML4 | 2][r.below(2) as usize];
+    p.set(0, root | if r.one_in(2) { 1 << 63 } else { 0 });
+    p.raw(&[0x0f, 0x22, 0xd8]);
 }
 
 /// CR3, with what it has.
