@@ -17,8 +17,7 @@ impl Builder<'_, '_> {
         match i.flow_control() {
             FlowControl::ConditionalBranch => {
                 // LOOP and JCXZ count in a register of the address size; of the mode's own size only.
-                decode::condition(i).is_some() && is_near(i) && i.op0_kind() != OpKind::NearBranch16
-                    || self.counts(i)
+                i.is_jcc_short_or_near() && i.op0_kind() != OpKind::NearBranch16 || self.counts(i)
             }
             FlowControl::UnconditionalBranch => is_near(i) && i.op0_kind() != OpKind::NearBranch16,
             FlowControl::Call => {
