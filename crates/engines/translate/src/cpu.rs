@@ -15,7 +15,7 @@ use interpret::tlb::{ENTRIES, Tlb};
 use machine::cpu::{Debug, Error as CpuError, Exit, Kick, State, Stats, Vcpu};
 use machine::{Gpa, Machine, apic};
 use memory::Memory;
-use x86::control::{cr0, cr4, xcr0};
+use x86::control::{cr0, cr3, cr4, xcr0};
 use x86::cpuid::Cpuid;
 use x86::flags;
 use x86::segment::{attr, index};
@@ -183,6 +183,9 @@ impl Cpu {
             let large = |linear| core.tlb.may_be_large(linear);
             self.spaces.flush(flush, large);
         }
+        let core = self.vcpu.core();
+        let pcid = if core.s.cr4 & cr4::PCIDE != 0 { core.s.cr3 & cr3::PCID } else { 0 };
+        self.spaces.settle(pcid as u16);
     }
 
     /// What is added to linear addresses in the table of jumps now.

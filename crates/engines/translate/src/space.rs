@@ -197,6 +197,13 @@ impl Spaces {
         }
     }
 
+    /// Makes sure that the address space is that of `pcid`: a state that was loaded, and CR4, change it without a switch.
+    pub fn settle(&mut self, pcid: u16) {
+        if self.spaces[self.now].pcid != pcid {
+            self.switch(pcid, false);
+        }
+    }
+
     fn switch(&mut self, pcid: u16, keep: bool) {
         self.forget_local();
         self.time += 1;
@@ -249,5 +256,19 @@ mod tests {
         }
         s.flush(Flush::Page((3 * LEAST as u64 - 1) << 30 | 0x1000), |_| true);
         assert_eq!(s.table(0).get((3 * LEAST as u64 - 1) << 30), 0);
+    }
+
+    #[test]
+    fn a_state_that_is_loaded_is_not_taken_for_the_address_space_before() {
+        let mut s = Spaces::new(1, 16 << 20).unwrap();
+        s.flush(Flush::Switch(2, true), |_| false);
+        // A state with PCID 1 is loaded.
+        s.flush(Flush::All, |_| false);
+        s.settle(1);
+        assert!(s.fill(0, 0x40_0000, 0x5555_0000_0000, false, 12));
+        s.flush(Flush::Switch(2, true), |_| false);
+        assert_eq!(s.table(0).get(0x40_0000), 0, "PCID 2 knows nothing");
+        s.flush(Flush::Switch(1, true), |_| false);
+        assert_ne!(s.table(0).get(0x40_0000), 0, "PCID 1 still does");
     }
 }
