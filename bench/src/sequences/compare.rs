@@ -101,8 +101,8 @@ fn words<'a>(a: &'a [u8], b: &'a [u8]) -> impl Iterator<Item = (usize, u32, u32)
 /// interrupt came.
 pub fn alike(a: &[u8], b: &[u8], flags: u64, touched: bool) -> bool {
     let image = |from: usize| {
-        // What is always set, and always clear, as far as the page goes: what follows lies elsewhere.
-        const IMAGE: [(u8, u8); 4] = [(0x2a, 2), (0x80, 0), (0xc0, 0), (0xff, 0)];
+        // What is always set, and always clear in its lower half, as far as the page goes: what follows lies elsewhere.
+        const IMAGE: [(u8, u8); 2] = [(0x2a, 2), (0x80, 0)];
         let page = &a[from..(from | 0xfff) + 1];
         page.iter().zip(IMAGE).all(|(byte, (mask, value))| byte & mask == value)
     };
@@ -135,7 +135,7 @@ pub struct Trace {
     pub open: u64,
     /// Flags that were undefined when an exception or an interrupt pushed them.
     pub pushed: u64,
-    /// An instruction depended on undefined flags.
+    /// An instruction depended on undefined flags, or was random.
     pub depends: bool,
 }
 
@@ -226,7 +226,7 @@ impl Trace {
             M::Pushf | M::Pushfd | M::Pushfq | M::Lahf | M::Syscall => flags::STATUS,
             _ => bits(i.rflags_read()),
         };
-        self.depends |= reads & self.open != 0;
+        self.depends |= reads & self.open != 0 || matches!(i.mnemonic(), M::Rdrand | M::Rdseed);
         // 16-bit double shifts by more than 16 leave even the result undefined.
         let narrow = matches!(i.mnemonic(), M::Shld | M::Shrd) && i.op1_register().is_gpr16();
         let count = if i.op_kind(i.op_count().saturating_sub(1)) == OpKind::Immediate8 {
