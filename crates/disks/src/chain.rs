@@ -1,0 +1,175 @@
+//! An image file, locked, and the images below it.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use imago::format::gate::ImplicitOpenGate;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Storage, StorageOpenOptions};
+
+use crate::{Error, Format, qcow2, raw};
+
+/// How many images may lie over one another.
+const MAX_IMAGES: usize = 16;
+/// How many files a VMDK may consist of.
+const MAX_EXTENTS: usize = 256;
+
+/// An open image with what lies below it.
+pub type Layer = FormatAccess<imago::file::File>;
+
+/// One file of a chain, open and locked.
+pub struct Image {
+    pub path: PathBuf,
+    pub file: File,
+    pub format: Format,
+    /// In bytes.
+    pub len: u64,
+    /// Device and inode: which file it is.
+    id: (u64, u64),
+}
+
+impl Image {
+    /// Opens and locks a file: to write it alone, or to read it along with others.
+    pub fn open(path: &Path, format: Option<Format>, write: bool, locks: &mut Locks) -> Result<Image, Error> {
+        let failed = |error| Error::io("open", path, error);
+        let mut file = open_locked(path, write, locks)?;
+        let about = file.metadata().map_err(failed)?;
+        let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        let format = match format {
+            Some(format) => format,
+            None => Format::detect(&raw::head(&file).map_err(failed)?),
+        };
+        Ok(Image { path: path.to_owned(), file, format, len, id: (about.dev(), about.ino()) })
+    }
+}
+
+/// The files on which we hold a lock; to be dropped last, for then they are unlocked.
+///
+/// Closing a file would not do: a child that another thread has just forked has it open too, until it runs its program.
+#[derive(Debug, Default)]
+pub struct Locks(Vec<File>);
+
+impl Drop for Locks {
+    fn drop(&mut self) {
+        for file in &self.0 {
+            let _ = file.unlock();
+        }
+    }
+}
+
+fn open_locked(path: &Path, write: bool, locks: &mut Locks) -> Result<File, Error> {
+    let failed = |error| Error::io("open", path, error);
+    // Before we open it: opening a pipe would wait for its other end.
+    let kind = fs::metadata(path).map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(failed(io::Error::other("it is neither a file nor a block device")));
+    }
+    let file = File::options().read(true).write(write).open(path).map_err(failed)?;
+    match if write { file.try_lock() } else { file.try_lock_shared() } {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(Error::InUse { path: path.to_owned(), write }),
+        Err(TryLockError::Error(error)) => return Err(Error::io("lock", path, error)),
+    }
+    locks.0.push(file.try_clone().map_err(failed)?);
+    Ok(file)
+}
+
+/// What the images of one disk share while they are opened.
+#[derive(Default)]
+pub struct Chain {
+    /// The images so far, from the topmost on: which files they are.
+    above: Vec<(u64, u64)>,
+    pub locks: Locks,
+}
+
+/// Opens what an image lies over, then the image.
+pub fn open(image: Image, write: bool, chain: &mut Chain) -> Result<Layer, Error> {
+    let path = image.path.clone();
+    let failed = |error| Error::io("open", &path, error);
+    chain.above.push(image.id);
+    let deny = DenyImplicitOpenGate::default;
+    match image.format {
+        Format::Raw => {
+            let file = image.file.try_into().map_err(failed)?;
+            Ok(FormatAccess::new(imago::raw::Raw::builder(file).open(deny()).map_err(failed)?))
+        }
+        Format::Qcow2 => {
+            let below = match qcow2::check(&image)? {
+                Some(backing) => Some(open_backing(&path, backing, chain)?),
+                None => None,
+            };
+            let file = image.file.try_into().map_err(failed)?;
+            let builder = imago::qcow2::Qcow2::builder(file).backing(below).data_file(None).write(write);
+            Ok(FormatAccess::new(builder.open(deny()).map_err(failed)?))
+        }
+        Format::Vmdk => open_vmdk(image, chain),
+    }
+}
+
+fn open_backing(overlay: &Path, backing: qcow2::Backing, chain: &mut Chain) -> Result<Layer, Error> {
+    let refused = |what| Err(Error::Chain { path: overlay.to_owned(), what });
+    let path = folder(overlay).join(&backing.name);
+    // Before it is locked, for an image over itself would seem in use.
+    if fs::metadata(&path).is_ok_and(|about| chain.above.contains(&(about.dev(), about.ino()))) {
+        return refused("itself");
+    }
+    if chain.above.len() >= MAX_IMAGES {
+        return refused("more than 16 images");
+    }
+    let image = Image::open(&path, backing.format, false, &mut chain.locks)?;
+    if backing.format.is_none() && image.format != Format::Raw {
+        return Err(Error::BackingFormat {
+            path: overlay.to_owned(),
+            backing: backing.name,
+            format: image.format,
+        });
+    }
+    open(image, false, chain)
+}
+
+fn open_vmdk(image: Image, chain: &mut Chain) -> Result<Layer, Error> {
+    let failed = |error| Error::io("open", &image.path, error);
+    if raw::head(&image.file).map_err(failed)?.starts_with(b"KDMV") {
+        return Err(Error::unsupported(
+            &image.path,
+            "sparse VMDK; convert it with qemu-img convert -O qcow2",
+        ));
+    }
+    let extents = Extents { folder: folder(&image.path), locks: &mut chain.locks };
+    // By path, not by the open file: only so does imago know the folder of the extents.
+    let builder = imago::vmdk::Vmdk::<imago::file::File>::builder_path(&image.path);
+    Ok(FormatAccess::new(builder.open(extents).map_err(failed)?))
+}
+
+/// Opens the files of a VMDK, from the folder of its descriptor only.
+struct Extents<'a> {
+    folder: &'a Path,
+    locks: &'a mut Locks,
+}
+
+impl ImplicitOpenGate<imago::file::File> for Extents<'_> {
+    fn open_format<F: FormatDriverBuilder<imago::file::File>>(&mut self, _: F) -> io::Result<Layer> {
+        Err(io::Error::other("it lies over another image, which Lodge does not do for VMDK"))
+    }
+
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<imago::file::File> {
+        let path = options.get_filename().filter(|path| folder(path) == self.folder);
+        let path = path.ok_or_else(|| {
+            io::Error::other("it names a file outside its own folder; convert it with qemu-img convert")
+        })?;
+        if self.locks.0.len() > MAX_EXTENTS {
+            return Err(io::Error::other("it has more than 256 parts; convert it with qemu-img convert"));
+        }
+        open_locked(path, false, self.locks).map_err(io::Error::other)?;
+        imago::file::File::open(options.write(false))
+    }
+}
+
+/// The folder that names in an image are relative to.
+pub fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    }
+}

@@ -1,0 +1,240 @@
+//! What a virtual disk is stored in: raw, qcow2 and VMDK images.
+//!
+//! [`Disk`] is an open image with everything below it, read and written by byte offset from as many threads as one likes; each
+//! call blocks until the host has done it. Raw images are the host's file itself. For qcow2 (versions 2 and 3, backing chains,
+//! deflate-compressed clusters) and VMDK (a descriptor with flat extents, to read only) the library `imago` does the work; this
+//! crate finds the files of a chain, checks their headers before `imago` allocates by them, and locks them.
+//!
+//! # Locks
+//!
+//! Every file of a disk carries a `flock`: exclusive if it is written, shared if it is read. So two VMs can share a base image,
+//! and neither can write what another has open. QEMU's locks are of another kind: it and Lodge do not see each other's.
+//!
+//! # Formats that a guest could forge
+//!
+//! A guest owns every byte of a raw image, so it could write a qcow2 header there that names a file of the host as its backing
+//! file, and read that file after the next start. So a raw image whose format was only detected refuses writes that would make it
+//! look like another format (as QEMU does); name the format to allow them. A backing file whose format the overlay does not
+//! record must be raw.
+//!
+//! An image made by a stranger may name any file of the host as its backing file: open such images only if you trust who made
+//! them. Extents of a VMDK are taken from its own folder alone.
+
+#![forbid(unsafe_code)]
+
+mod chain;
+mod create;
+mod error;
+mod qcow2;
+mod raw;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
+
+pub use create::create;
+pub use error::Error;
+
+/// How an image stores its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes of the disk, nothing else: a file or a block device.
+    Raw,
+    /// QEMU's format, which grows as it is written and can lie over a base image.
+    Qcow2,
+    /// VMware's format; read only.
+    Vmdk,
+}
+
+/// The longest magic number that [`Format::detect`] looks at, in bytes.
+const MAGIC: usize = 21;
+
+impl Format {
+    /// The format that an image beginning with `head` is in; raw if it looks like nothing else.
+    fn detect(head: &[u8; MAGIC]) -> Format {
+        if head.starts_with(b"QFI\xfb") {
+            Format::Qcow2
+        } else if head.starts_with(b"KDMV") || head == b"# Disk DescriptorFile" {
+            Format::Vmdk
+        } else {
+            Format::Raw
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        to.write_str(match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Vmdk => "vmdk",
+        })
+    }
+}
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Its format; `None` detects it by the first bytes.
+    pub format: Option<Format>,
+    /// Never write to it, and let others read it meanwhile. VMDK images need this.
+    pub read_only: bool,
+}
+
+/// An open disk image. Dropping it unlocks its files; what was not flushed then is the host's to write back.
+#[derive(Debug)]
+pub struct Disk {
+    path: PathBuf,
+    format: Format,
+    size: u64,
+    read_only: bool,
+    store: Store,
+    _locks: chain::Locks,
+}
+
+#[derive(Debug)]
+enum Store {
+    Raw(raw::Raw),
+    /// Requests share the lock; what may move or drop clusters under another request holds it alone.
+    Layered(Box<RwLock<chain::Layer>>),
+}
+
+/// What a [`RwLock`] of ours gives, whether or not somebody panicked with it: nothing of ours is half done inside.
+fn held<T>(guard: Result<T, PoisonError<T>>) -> T {
+    guard.unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Disk {
+    /// Opens the image at `path`, and with it the images it lies over.
+    ///
+    /// Fails if a file cannot be opened or is locked by another VM, if a header is damaged or asks for what we do not do, and if
+    /// the chain loops or has more than 16 images.
+    pub fn open(path: &Path, options: &Options) -> Result<Disk, Error> {
+        let write = !options.read_only;
+        let mut chain = chain::Chain::default();
+        let image = chain::Image::open(path, options.format, write, &mut chain.locks)?;
+        let format = image.format;
+        if format == Format::Vmdk && write {
+            return Err(Error::unsupported(
+                path,
+                "writing VMDK images; open it read-only, or convert it with qemu-img convert",
+            ));
+        }
+        let (size, store) = if format == Format::Raw {
+            (image.len, Store::Raw(raw::Raw::new(image.file, options.format.is_none())))
+        } else {
+            let layer = chain::open(image, write, &mut chain)?;
+            (layer.size(), Store::Layered(Box::new(RwLock::new(layer))))
+        };
+        Ok(Disk {
+            path: path.to_owned(),
+            format,
+            size,
+            read_only: options.read_only,
+            store,
+            _locks: chain.locks,
+        })
+    }
+
+    /// The size of the disk, in bytes; not always a multiple of a sector.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether every write is refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The format of the topmost image.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Fills `to` with the disk's bytes from `offset` on.
+    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), Error> {
+        self.check_range(offset, to.len() as u64)?;
+        match &self.store {
+            Store::Raw(raw) => raw.read(offset, to),
+            Store::Layered(layer) => held(layer.read()).read(to, offset),
+        }
+        .map_err(|error| Error::io("read", &self.path, error))
+    }
+
+    /// Writes `from` at `offset`. It is durable after the next [`Disk::flush`].
+    pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.check_write(offset, from.len() as u64)?;
+        match &self.store {
+            Store::Raw(raw) => match raw.write(offset, from) {
+                Ok(Format::Raw) => return Ok(()),
+                Ok(forged) => return Err(Error::Forged { path: self.path.clone(), format: forged }),
+                Err(error) => Err(error),
+            },
+            Store::Layered(layer) => held(layer.read()).write(from, offset),
+        }
+        .map_err(|error| Error::io("write", &self.path, error))
+    }
+
+    /// Returns when everything written so far, data and metadata, is on stable storage.
+    pub fn flush(&self) -> Result<(), Error> {
+        if self.read_only {
+            return Ok(());
+        }
+        match &self.store {
+            Store::Raw(raw) => raw.flush(),
+            Store::Layered(layer) => {
+                let layer = held(layer.read());
+                layer.flush().and_then(|()| layer.sync())
+            }
+        }
+        .map_err(|error| Error::io("flush", &self.path, error))
+    }
+
+    /// Says that the guest no longer needs these `len` bytes: they read as zero or as before, and their space on the host is freed
+    /// where it can be.
+    pub fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.check_write(offset, len)?;
+        match &self.store {
+            Store::Raw(raw) => raw.discard(offset, len),
+            Store::Layered(layer) => held(layer.write()).discard_to_zero(offset, len),
+        }
+        .or_else(|error| if error.kind() == std::io::ErrorKind::Unsupported { Ok(()) } else { Err(error) })
+        .map_err(|error| Error::io("discard a part of", &self.path, error))
+    }
+
+    /// Makes these `len` bytes zero; with `may_unmap`, their space on the host may be freed.
+    pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), Error> {
+        self.check_write(offset, len)?;
+        // Zeroing a part of a cluster looks at the rest of it first, so no write may come in between: the lock is held alone.
+        match &self.store {
+            Store::Raw(raw) if may_unmap => raw.discard(offset, len),
+            Store::Raw(raw) => raw.zero(offset, len),
+            Store::Layered(layer) if may_unmap => held(layer.write()).discard_to_zero(offset, len),
+            Store::Layered(layer) => held(layer.write()).write_zeroes(offset, len),
+        }
+        .or_else(|error| {
+            if error.kind() != std::io::ErrorKind::Unsupported {
+                return Err(Error::io("write zeroes to", &self.path, error));
+            }
+            let zeroes = [0; 1 << 16];
+            (0..len).step_by(zeroes.len()).try_for_each(|done| {
+                let step = (len - done).min(zeroes.len() as u64);
+                self.write(offset + done, &zeroes[..step as usize])
+            })
+        })
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<(), Error> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(Error::OutOfRange { offset, len, size: self.size }),
+        }
+    }
+
+    fn check_write(&self, offset: u64, len: u64) -> Result<(), Error> {
+        if self.read_only {
+            return Err(Error::ReadOnly { path: self.path.clone() });
+        }
+        self.check_range(offset, len)
+    }
+}

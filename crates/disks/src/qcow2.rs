@@ -1,0 +1,142 @@
+//! The qcow2 header, as far as it must be known before `imago` may allocate by it.
+//!
+//! Source: QEMU's documentation, docs/interop/qcow2.
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::chain::Image;
+use crate::{Error, Format};
+
+/// The limits that QEMU has too: tables of 32 MiB and 8 MiB.
+const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
+const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+
+/// What an overlay says of the image below it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// As it names it: not yet resolved.
+    pub name: PathBuf,
+    pub format: Option<Format>,
+}
+
+/// Checks an image's header, and gives what it lies over.
+pub fn check(image: &Image) -> Result<Option<Backing>, Error> {
+    // The header, its extensions and the backing file's name are in the first cluster, which has 2 MiB at most.
+    let mut first = vec![0; image.len.min(2 << 20) as usize];
+    image.file.read_exact_at(&mut first, 0).map_err(|error| Error::io("read", &image.path, error))?;
+    parse(&first, image.len, &image.path)
+}
+
+fn parse(first: &[u8], len: u64, path: &Path) -> Result<Option<Backing>, Error> {
+    let damaged = |what: &str| Error::damaged(path, what);
+    let u32_at = |at: usize| Some(u32::from_be_bytes(first.get(at..at.checked_add(4)?)?.try_into().ok()?));
+    let field = |at| u32_at(at).ok_or_else(|| damaged("its header is cut short"));
+    let field64 = |at| Ok::<u64, Error>((u64::from(field(at)?) << 32) | u64::from(field(at + 4)?));
+
+    if field(0)? != u32::from_be_bytes(*b"QFI\xfb") {
+        return Err(damaged("it is not a qcow2 image"));
+    }
+    let version = field(4)?;
+    if !(2..=3).contains(&version) {
+        return Err(Error::unsupported(
+            path,
+            format!("version {version} of qcow2; convert it with qemu-img convert"),
+        ));
+    }
+    let cluster_bits = field(20)?;
+    if !(9..=21).contains(&cluster_bits) {
+        return Err(damaged("its cluster size is not between 512 bytes and 2 MiB"));
+    }
+    let cluster = 1u64 << cluster_bits;
+    if field(32)? != 0 {
+        return Err(Error::unsupported(path, "encryption inside qcow2; convert it with qemu-img convert"));
+    }
+    // A table must be aligned, not be the header, and be there.
+    let table = |offset: u64, bytes: u64, what: &str| match offset.checked_add(bytes) {
+        Some(end) if offset >= cluster && offset.is_multiple_of(cluster) && end <= len => Ok(()),
+        _ => Err(damaged(&format!("its {what} is not inside the file"))),
+    };
+    let (size, l1_entries) = (field64(24)?, u64::from(field(36)?));
+    if size > i64::MAX as u64
+        || l1_entries > MAX_L1_ENTRIES
+        || l1_entries < size.div_ceil(cluster * cluster / 8)
+    {
+        return Err(damaged("the size of its disk and of its cluster table do not fit"));
+    }
+    if l1_entries > 0 {
+        table(field64(40)?, l1_entries * 8, "cluster table")?;
+    }
+    let refcounts = u64::from(field(56)?) * cluster;
+    if refcounts > MAX_REFCOUNT_TABLE.max(cluster) {
+        return Err(damaged("its reference count table is too large"));
+    }
+    table(field64(48)?, refcounts.max(8), "reference count table")?;
+
+    let mut extensions = None;
+    if version == 3 {
+        check_features(field64(72)?, path)?;
+        let header = u64::from(field(100)?);
+        if field(96)? > 6 || !(104..=cluster).contains(&header) {
+            return Err(damaged("its header has impossible values"));
+        }
+        extensions = Some(header as usize);
+    }
+
+    let name_at = field64(8)?;
+    if name_at == 0 {
+        return Ok(None);
+    }
+    let name = usize::try_from(name_at)
+        .ok()
+        .zip(usize::try_from(field(16)?).ok().filter(|len| (1..=1023).contains(len)))
+        .and_then(|(at, len)| first.get(at..at.checked_add(len)?))
+        .and_then(|name| std::str::from_utf8(name).ok())
+        .filter(|name| !name.contains('\0'))
+        .ok_or_else(|| damaged("the name of its backing file is not in its header"))?;
+    if name.starts_with("json:") || name.contains("://") {
+        return Err(Error::unsupported(path, format!("a backing file that is not a file ({name})")));
+    }
+
+    // Extensions are a type, a length, and data padded to 8 bytes; type 0 is the last.
+    let mut format = None;
+    while let Some(at) = extensions {
+        let (kind, length) = (field(at)?, field(at + 4)? as usize);
+        let data = first.get(at + 8..).and_then(|rest| rest.get(..length));
+        let data = data.ok_or_else(|| damaged("its header extensions are cut short"))?;
+        if kind == BACKING_FORMAT {
+            format = Some(match data {
+                b"raw" => Format::Raw,
+                b"qcow2" => Format::Qcow2,
+                b"vmdk" => Format::Vmdk,
+                other => {
+                    let other = String::from_utf8_lossy(other);
+                    return Err(Error::unsupported(
+                        path,
+                        format!("a backing file of the format {other:?}; convert it to qcow2"),
+                    ));
+                }
+            });
+        }
+        extensions = (kind != 0).then(|| at + 8 + length.next_multiple_of(8));
+    }
+    Ok(Some(Backing { name: name.into(), format }))
+}
+
+/// Refuses what an image demands of those who open it, and `imago` does not know, with a way out for each.
+fn check_features(incompatible: u64, path: &Path) -> Result<(), Error> {
+    let convert =
+        |what| Err(Error::unsupported(path, format!("{what}; convert it with qemu-img convert -O qcow2")));
+    match incompatible {
+        0 => Ok(()),
+        bits if bits & 0b11 != 0 => Err(Error::damaged(
+            path,
+            "it was not closed properly, and must be repaired with qemu-img check -r all",
+        )),
+        bits if bits & 1 << 2 != 0 => convert("an external data file".to_owned()),
+        bits if bits & 1 << 3 != 0 => convert("zstd compression".to_owned()),
+        bits if bits & 1 << 4 != 0 => convert("extended L2 entries".to_owned()),
+        bits => convert(format!("the unknown features {bits:#x} of qcow2")),
+    }
+}

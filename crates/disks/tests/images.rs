@@ -1,0 +1,140 @@
+//! Disks keep what is written to them, and QEMU reads the same.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::*;
+use disks::{Disk, Error, Format, Options, create};
+
+/// Exercises an image, closing it now and then, and lets QEMU check it and compare it to a raw file of the same content.
+fn agrees_with_qemu(folder: &Path, name: &str, mut model: Vec<u8>, seed: u64) {
+    let mut random = random(seed);
+    let path = folder.join(name);
+    let format = open(&path).format();
+    for _ in 0..4 {
+        let disk = Disk::open(&path, &given(format)).unwrap();
+        exercise(&disk, &mut model, &mut random, 800);
+        disk.flush().unwrap();
+        assert!(contents(&disk) == model);
+    }
+    assert!(contents(&Disk::open(&path, &read_only()).unwrap()) == model);
+    fs::write(folder.join("twin"), &model).unwrap();
+    if qemu_img_is_here() {
+        if format == Format::Qcow2 {
+            qemu_img(folder, &format!("check -f qcow2 {name}"));
+        }
+        qemu_img(folder, &format!("compare -f {format} -F raw {name} twin"));
+    }
+}
+
+#[test]
+fn raw_and_qcow2_keep_their_contents() {
+    for (format, seed) in [(Format::Raw, 1), (Format::Qcow2, 2)] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        create(&path, format, 8 * MIB, None).unwrap();
+        let disk = open(&path);
+        assert_eq!((disk.format(), disk.size(), disk.is_read_only()), (format, 8 * MIB, false));
+        drop(disk);
+        agrees_with_qemu(folder.path(), "disk", vec![0; 8 * MIB as usize], seed);
+    }
+}
+
+#[test]
+fn an_overlay_shows_its_base_and_leaves_it_alone() {
+    for (format, seed) in [(Format::Raw, 3), (Format::Qcow2, 4)] {
+        let folder = tempfile::tempdir().unwrap();
+        let (base, overlay) = (folder.path().join("base"), folder.path().join("overlay"));
+        create(&base, format, 3 * MIB, None).unwrap();
+        let disk = Disk::open(&base, &given(format)).unwrap();
+        let mut model = contents(&disk);
+        exercise(&disk, &mut model, &mut random(seed), 300);
+        drop(disk);
+        let before = fs::read(&base).unwrap();
+        create(&overlay, Format::Qcow2, 8 * MIB, Some(&base)).unwrap();
+        // The name is relative to the overlay: both can move.
+        let moved = folder.path().join("moved");
+        fs::create_dir(&moved).unwrap();
+        fs::rename(&base, moved.join("base")).unwrap();
+        fs::rename(&overlay, moved.join("overlay")).unwrap();
+        model.resize(8 * MIB as usize, 0);
+        assert!(contents(&open(&moved.join("overlay"))) == model);
+        agrees_with_qemu(&moved, "overlay", model, seed + 10);
+        assert!(fs::read(moved.join("base")).unwrap() == before);
+    }
+}
+
+#[test]
+fn images_that_qemu_made() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let model: Vec<u8> = (0..4 * MIB).map(|at| (at >> 9) as u8).collect();
+    fs::write(folder.join("raw"), &model).unwrap();
+    qemu_img(folder, "convert -f raw -O qcow2 -c raw compressed");
+    agrees_with_qemu(folder, "compressed", model.clone(), 20);
+    qemu_img(folder, "convert -f raw -O qcow2 -o compat=0.10,cluster_size=4096 raw old");
+    agrees_with_qemu(folder, "old", model.clone(), 21);
+    qemu_img(folder, "convert -f raw -O qcow2 -o refcount_bits=1,cluster_size=512 raw small");
+    agrees_with_qemu(folder, "small", model.clone(), 22);
+    qemu_img(folder, "convert -f raw -O qcow2 raw snapshot");
+    qemu_img(folder, "snapshot -c one snapshot");
+    agrees_with_qemu(folder, "snapshot", model.clone(), 23);
+    qemu_img(folder, "snapshot -a one snapshot");
+    qemu_img(folder, "compare -f qcow2 -F raw snapshot raw");
+
+    qemu_img(folder, "convert -f raw -O vmdk -o subformat=monolithicFlat raw flat.vmdk");
+    let flat = folder.join("flat.vmdk");
+    assert!(matches!(Disk::open(&flat, &Options::default()), Err(Error::Unsupported { .. })));
+    let disk = Disk::open(&flat, &read_only()).unwrap();
+    assert_eq!(disk.format(), Format::Vmdk);
+    assert!(contents(&disk) == model);
+    let text = fs::read_to_string(&flat).unwrap().replace("flat-flat.vmdk", "../flat-flat.vmdk");
+    fs::write(folder.join("outside.vmdk"), text).unwrap();
+    let error = Disk::open(&folder.join("outside.vmdk"), &read_only()).unwrap_err().to_string();
+    assert!(error.contains("outside its own folder"), "{error}");
+
+    qemu_img(folder, "convert -f raw -O vmdk raw sparse.vmdk");
+    qemu_img(folder, "convert -f raw -O qcow2 -c -o compression_type=zstd raw zstd");
+    qemu_img(folder, "create -f qcow2 -o extended_l2=on extended 1M");
+    qemu_img(folder, "create -f qcow2 -o data_file=data external 1M");
+    for (name, says) in
+        [("sparse.vmdk", "sparse"), ("zstd", "zstd"), ("extended", "extended L2"), ("external", "external")]
+    {
+        let error = Disk::open(&folder.join(name), &read_only()).unwrap_err();
+        assert!(matches!(&error, Error::Unsupported { what, .. } if what.contains(says)), "{name}: {error}");
+    }
+}
+
+/// Threads write every fourth sector each, in the same clusters, while another zeroes its own: nobody's sectors get lost.
+#[test]
+fn threads_share_a_disk() {
+    for format in [Format::Raw, Format::Qcow2] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        create(&path, format, 2 * MIB, None).unwrap();
+        let disk = &open(&path);
+        std::thread::scope(|threads| {
+            for mine in 0..4u64 {
+                threads.spawn(move || {
+                    for at in (mine..2 * MIB / 512).step_by(4).map(|sector| sector * 512) {
+                        disk.write(at, &[mine as u8 + 1; 512]).unwrap();
+                        if mine == 3 {
+                            disk.write_zeroes(at, 512, at & 2048 != 0).unwrap();
+                        }
+                        if at % 65536 == mine * 512 {
+                            disk.flush().unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        for (sector, bytes) in contents(disk).chunks(512).enumerate() {
+            assert_eq!(bytes, [[1, 2, 3, 0][sector % 4]; 512], "{format} sector {sector}");
+        }
+    }
+}
