@@ -137,6 +137,8 @@ pub struct Trace {
     pub pushed: u64,
     /// An instruction depended on undefined flags, or was random.
     pub depends: bool,
+    /// Code of 64 bits went to code of fewer, from where on the upper halves of registers are undefined (SDM vol. 1, 3.4.1.1).
+    pub halves: bool,
 }
 
 /// Follows the case on the reference engine, with its interrupt where it came to `point` the `n`-th time. Memory is then
@@ -166,6 +168,7 @@ pub fn trace(
             break;
         }
         let i = instruction(side, &state);
+        trace.halves |= case.mode.bits() == 64 && !state.segments[index::CS].has(attr::L);
         show(&describe(case, &i, &state));
         trace.before(&i, &state);
         if side.step().is_some() {

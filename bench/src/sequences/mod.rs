@@ -176,8 +176,12 @@ fn judge(
     (reference, subject): (&Outcome, &Outcome),
     point: Option<&(Point, u32)>,
 ) -> Result<Verdict> {
-    let alike = |pair: &Pair, at_end: u64, pushed: u64| {
+    let alike = |pair: &Pair, at_end: u64, pushed: u64, halves: bool| {
         let mut state = subject.state.clone();
+        if halves {
+            let both = state.gpr.iter_mut().zip(&reference.state.gpr);
+            both.for_each(|(a, b)| *a = *a & 0xffff_ffff | *b & !0xffff_ffff);
+        }
         state.rflags ^= (state.rflags ^ reference.state.rflags) & at_end;
         let now = &pair.subjects[usize::from(case.exact)].now;
         let memory = compare::alike(now, &pair.reference.now, pushed, point.is_some());
@@ -185,13 +189,13 @@ fn judge(
     };
     let (at_end, pushed) =
         if case.exact { (0, 0) } else { (compare::stale(&reference.state), flags::STATUS) };
-    if alike(pair, at_end, pushed) {
+    if alike(pair, at_end, pushed, false) {
         return Ok(Verdict::Same);
     }
     let kept = pair.reference.now.clone();
     let trace = compare::trace(&mut pair.reference, case, image, point, &mut |_| {})?;
     let after = std::mem::replace(&mut pair.reference.now, kept);
-    let verdict = if alike(pair, at_end | trace.open, pushed | trace.open | trace.pushed) {
+    let verdict = if alike(pair, at_end | trace.open, pushed | trace.open | trace.pushed, trace.halves) {
         Verdict::Same
     } else if trace.depends || trace.pushed != 0 && code(&pair.reference.now) != code(image) {
         // The latter may have pushed them where they are code.
