@@ -541,6 +541,11 @@ impl<'a, 'p> Builder<'a, 'p> {
                 self.check(size, write)
             }
         };
+        let again = self.marks.last().is_some_and(|m| m.access);
+        if again && member.is_some_and(|m| !m.first) && place.is_some() {
+            // To try an access before this one again would not look this one's page up again.
+            self.mark(false);
+        }
         self.mark_op();
         operand
     }
