@@ -248,3 +248,46 @@ fn hostile_tables() {
     }
     assert!((100..500).contains(&opened), "{opened} of 500 opened");
 }
+
+#[test]
+fn hostile_vmdk_descriptors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    fs::write(folder.path().join("part"), vec![7; 2048]).unwrap();
+    let good =
+        b"# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"twoGbMaxExtentFlat\"\n\
+        RW 3 FLAT \"part\" 1\nRW 2 ZERO\nRDONLY 1 FLAT \"part\" 0\n";
+    let open = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        Disk::open(&path, &Options { format: Some(Format::Vmdk), read_only: true })
+    };
+    let disk = open(good).unwrap();
+    assert!(contents(&disk) == [vec![7; 1536], vec![0; 1024], vec![7; 512]].concat());
+    drop(disk);
+    let mut random = random(40);
+    for round in 0..3000 {
+        let mut bytes = good.to_vec();
+        for _ in 0..random.gen_range(1..4) {
+            let at = random.gen_range(22..bytes.len());
+            match random.gen_range(0..3) {
+                0 => bytes[at] = b"0123456789\"\n= \0-"[random.gen_range(0..16)],
+                1 => bytes.splice(at..at, std::iter::repeat_n(b'9', random.gen_range(1..20))).for_each(drop),
+                _ => bytes.truncate(at),
+            }
+            if bytes.len() < 30 {
+                break;
+            }
+        }
+        let used = catch_unwind(AssertUnwindSafe(|| {
+            let Ok(disk) = open(&bytes) else { return };
+            let mut block = vec![0; disk.size().min(8192) as usize];
+            let _ = disk.read(0, &mut block);
+            let _ = disk.read(disk.size() - block.len() as u64, &mut block);
+        }));
+        used.unwrap_or_else(|_| panic!("round {round} panicked: {}", String::from_utf8_lossy(&bytes)));
+    }
+    // A whole folder of parts is too many.
+    let many: String = (0..300).map(|_| "RW 1 FLAT \"part\" 0\n").collect();
+    let error = open(format!("# Disk DescriptorFile\nversion=1\n{many}").as_bytes()).unwrap_err().to_string();
+    assert!(error.contains("more than 256 parts"), "{error}");
+}
