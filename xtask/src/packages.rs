@@ -7,8 +7,12 @@ use anyhow::{Result, bail};
 use crate::sh;
 
 /// Debian packages, with a program of each that tells whether it is there.
-const PACKAGES: [(&str, &str); 3] =
-    [("qemu-system-x86", "qemu-system-x86_64"), ("gdb", "gdb"), ("binutils", "objcopy")];
+const PACKAGES: [(&str, &str); 4] = [
+    ("qemu-system-x86", "qemu-system-x86_64"),
+    ("qemu-utils", "qemu-img"),
+    ("gdb", "gdb"),
+    ("binutils", "objcopy"),
+];
 
 /// Cargo tools: name, and the version that is installed where it is missing.
 const TOOLS: [(&str, &str); 2] = [("nextest", "0.9"), ("deny", "0.20")];

@@ -4,6 +4,7 @@
 mod args;
 mod config;
 mod console;
+mod disk;
 mod host;
 mod progress;
 mod report;

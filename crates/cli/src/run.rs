@@ -178,6 +178,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         cpus: args.cpus.or(file.cpus).unwrap_or(1),
         memory,
         boot,
+        disks: crate::disk::open(&args.disk)?,
         debug_exit: args.debug_exit,
         trace: args.trace.clone(),
     })

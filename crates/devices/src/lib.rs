@@ -18,6 +18,7 @@ pub mod pm;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard};
 

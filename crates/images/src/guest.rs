@@ -1,5 +1,6 @@
 //! The default guest: a kernel and busybox.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::Options;
@@ -17,6 +18,11 @@ const SESSION: &str = include_str!("guest/session.sh");
 /// The kernel's command line. Without the self-tests of its cryptography, which take half of the start where every
 /// instruction is executed by software, and which a system that keeps no secrets can do without.
 const CMDLINE: &str = "console=ttyS0 quiet cryptomgr.notests";
+/// Drivers of virtual disks, in the order in which they are loaded. Kernels may have them built in.
+const MODULES: [&str; 6] =
+    ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
+/// Bytes of a driver at most.
+const MODULE: u64 = 16 << 20;
 /// Kernels fit for a virtual machine, best first, by architecture: Debian's, then Ubuntu's.
 const KERNELS: [(&str, &[&str]); 2] = [
     (
@@ -49,20 +55,24 @@ pub struct Guest {
 /// `Lodge: the command ended with status N.` and power off.
 pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<Guest, Error> {
     let mut source = Source::new(options)?;
+    let patterns: Vec<String> = std::iter::once("boot/vmlinuz-*".to_owned())
+        .chain(MODULES.map(|name| format!("?*/{name}.ko*")))
+        .collect();
+    let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
     let kernel = match &options.kernel {
-        Some(package) => source.files(&[package], &["boot/vmlinuz-*"], progress)?,
+        Some(package) => source.files(&[package], &patterns, progress)?,
         None => {
             let known = KERNELS
                 .iter()
                 .find(|(arch, _)| *arch == options.arch)
                 .map_or(KERNELS[0].1, |(_, known)| known);
-            source.files(known, &["boot/vmlinuz-*"], progress)?
+            source.files(known, &patterns, progress)?
         }
     };
     let busybox = source.files(&["busybox-static"], &["*bin/busybox"], progress)?;
     let cached = kernel.cached && busybox.cached;
     let (image, program) = (first(&kernel)?, first(&busybox)?);
-    let initrd = stored_initramfs(&mut source, program, progress)?;
+    let initrd = stored_initramfs(&mut source, program, &kernel.files[1..], progress)?;
     let release = image.path.trim_start_matches("boot/vmlinuz-").to_owned();
     let description =
         format!("{}, Linux {release} ({}), busybox {}", kernel.archive, kernel.version, busybox.version);
@@ -93,7 +103,9 @@ pub fn unpacked_kernel(
 /// The initial RAM disk of the default guest, around a statically linked busybox. More can be added to it.
 pub fn initramfs(busybox: &[u8]) -> Cpio {
     let mut image = Cpio::new();
-    for dir in ["bin", "dev", "etc", "proc", "root", "sbin", "sys", "tmp", "usr/bin", "usr/sbin"] {
+    for dir in
+        ["bin", "dev", "etc", "proc", "root", "sbin", "sys", "lib/modules", "tmp", "usr/bin", "usr/sbin"]
+    {
         image.dir(dir, 0o755);
     }
     // The kernel opens it for process 1, before that can mount anything.
@@ -117,13 +129,25 @@ fn first(files: &PackageFiles) -> Result<&PackageFile, Error> {
 fn stored_initramfs(
     source: &mut Source,
     busybox: &PackageFile,
+    modules: &[PackageFile],
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, Error> {
-    let ours = sha256(&initramfs(&[]).finish());
-    let key = format!("initramfs-{}-{}", &busybox.sha256[..12], &ours[..12]);
+    let mut ours = sha256(&initramfs(&[]).finish());
+    modules.iter().for_each(|module| ours += &module.sha256);
+    let key = format!("initramfs-{}-{}", &busybox.sha256[..12], &sha256(ours.as_bytes())[..12]);
     if let Some(path) = source.stored(&key) {
         return Ok(path);
     }
     let program = std::fs::read(&busybox.stored).map_err(Error::cache(&busybox.stored))?;
-    source.store(&key, &busybox.sha256, "initramfs.cpio", &initramfs(&program).finish(), progress)
+    let mut image = initramfs(&program);
+    for (n, module) in modules.iter().enumerate() {
+        let packed = std::fs::read(&module.stored).map_err(Error::cache(&module.stored))?;
+        let mut bytes = Vec::new();
+        crate::deb::decompress(&module.path, packed.as_slice(), MODULE)
+            .and_then(|mut from| Ok(from.read_to_end(&mut bytes)?))
+            .map_err(|source| Error::Package { package: module.path.clone(), source })?;
+        // By number, for they are loaded in this order.
+        image.file(&format!("lib/modules/{n}.ko"), 0o644, &bytes);
+    }
+    source.store(&key, &busybox.sha256, "initramfs.cpio", &image.finish(), progress)
 }

@@ -73,7 +73,7 @@ impl<'a> Source<'a> {
     }
 
     /// The first file that matches each of `patterns`, from the first of `packages` that there is, in its newest
-    /// version. In a pattern, `*` stands for any characters, also for `/`.
+    /// version. In a pattern, `*` stands for any characters, also for `/`; with `?` before it the file may be absent.
     ///
     /// A kernel's package without contents (`linux-image-cloud-amd64`) stands for the one with the kernel. Ask for all
     /// that belongs together, such as a kernel and its modules, in one call: then it is of one version.
@@ -128,6 +128,9 @@ impl<'a> Source<'a> {
         let taken = taken.map_err(|source| Error::Package { package: package.name.clone(), source })?;
         let mut files = Vec::new();
         for (pattern, file) in patterns.iter().zip(taken) {
+            if file.is_none() && pattern.starts_with('?') {
+                continue;
+            }
             let missing = || Error::NoFile { package: package.name.clone(), file: (*pattern).to_owned() };
             let file = file.ok_or_else(missing)?;
             let name = file.path.rsplit('/').next().unwrap_or_default();
@@ -201,7 +204,7 @@ fn take(
     let choose = |path: &str| {
         let mut choice = Choice::Skip;
         for (taken, pattern) in paths.iter_mut().zip(patterns) {
-            if taken.is_none() && matches(pattern, path) {
+            if taken.is_none() && matches(pattern.trim_start_matches('?'), path) {
                 *taken = Some(path.to_owned());
                 choice = Choice::Take;
             }

@@ -20,7 +20,7 @@ mod ram;
 pub use alias::Alias;
 pub use code::CodeMap;
 pub use layout::{HOLE_END, HOLE_START, Kind, Region, layout};
-pub use ram::{Error, Int, Memory, Slot};
+pub use ram::{Error, Guest, Int, Memory, Slot};
 
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 4096;

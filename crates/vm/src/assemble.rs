@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use std::time::SystemTime;
 
-use devices::{At, debug, fw_cfg, hpet, pci, pit, pm, reset, rtc, serial};
+use devices::{At, debug, fw_cfg, hpet, pci, pit, pm, reset, rtc, serial, virtio};
 use machine::apic::Apics;
 use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
@@ -231,11 +231,29 @@ fn plug(
     );
     host.insert(ports)?;
     host.plug(Some(pci::LPC), lpc)?;
+    for disk in &config.disks {
+        let device = virtio::blk::Blk::new(disk.image.clone(), &disk.serial);
+        virtio_function(&host, machine, Arc::new(device))?;
+    }
+    let entropy = virtio::rng::Rng::new().map_err(|source| Error::Host { what: "random bytes", source })?;
+    virtio_function(&host, machine, Arc::new(entropy))?;
     if matches!(config.boot, Boot::Kernel { .. }) {
         // Without firmware nobody else gives devices their addresses.
         host.assign()?;
     }
     Ok(host)
+}
+
+/// Puts a virtio device on the PCI bus.
+fn virtio_function(
+    host: &Arc<pci::Host>,
+    machine: &Arc<Machine>,
+    device: Arc<dyn virtio::Device>,
+) -> Result<(), Error> {
+    let function = virtio::Pci::new(device, machine.memory.clone())
+        .map_err(|source| Error::Host { what: "a thread for a device", source })?;
+    host.plug(None, function)?;
+    Ok(())
 }
 
 #[cfg(test)]

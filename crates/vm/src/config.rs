@@ -1,6 +1,7 @@
 //! What a VM is made from.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use x86::cpuid::Model;
 
@@ -34,6 +35,15 @@ pub enum Boot {
     Firmware(PathBuf),
 }
 
+/// A disk of the guest's. It stays open through resets.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// What it holds.
+    pub image: Arc<disks::Disk>,
+    /// The serial number, of which the guest sees 20 bytes.
+    pub serial: String,
+}
+
 /// A VM's configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -51,6 +61,8 @@ pub struct Config {
     pub memory: u64,
     /// What it starts with.
     pub boot: Boot,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<Disk>,
     /// Whether the guest has the debug-exit port 0xf4.
     pub debug_exit: bool,
     /// Where the translate engine writes down what it makes of guest code.

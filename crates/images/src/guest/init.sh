@@ -8,4 +8,10 @@ busybox mount -t devpts pts /dev/pts
 busybox mount -t tmpfs tmp /tmp
 busybox --install -s
 busybox hostname lodge
+# Drivers, if there is a virtual disk.
+if busybox grep -q 0x1042 /sys/bus/pci/devices/*/device 2>/dev/null; then
+    for module in /lib/modules/*.ko; do
+        [ -f "$module" ] && busybox insmod "$module"
+    done
+fi
 exec busybox init

@@ -1,0 +1,88 @@
+//! `--disk`: what to open, and how.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use disks::{Format, Options};
+
+/// What is said of a disk on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    path: PathBuf,
+    format: Option<Format>,
+    read_only: bool,
+    serial: Option<String>,
+}
+
+/// Reads `PATH[,format=FORMAT][,readonly][,serial=TEXT]`; `,,` is a comma of the path's.
+pub fn parse(text: &str) -> Result<Disk, String> {
+    let mut parts = split(text).into_iter();
+    let path = parts.next().filter(|path| !path.is_empty()).ok_or("give the path of an image")?;
+    let mut disk = Disk { path: path.into(), format: None, read_only: false, serial: None };
+    for part in parts {
+        match part.split_once('=') {
+            None if part == "readonly" => disk.read_only = true,
+            Some(("serial", serial)) => disk.serial = Some(serial.to_owned()),
+            Some(("format", "raw")) => disk.format = Some(Format::Raw),
+            Some(("format", "qcow2")) => disk.format = Some(Format::Qcow2),
+            Some(("format", "vmdk")) => disk.format = Some(Format::Vmdk),
+            Some(("format", other)) => {
+                return Err(format!("\"{other}\" is no format; there are raw, qcow2 and vmdk"));
+            }
+            _ => {
+                return Err(format!(
+                    "\"{part}\" is not known of disks; there are format=, readonly and serial="
+                ));
+            }
+        }
+    }
+    Ok(disk)
+}
+
+/// The parts between single commas.
+fn split(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut letters = text.chars().peekable();
+    while let Some(letter) = letters.next() {
+        let last = parts.len() - 1;
+        match letter {
+            ',' if letters.next_if_eq(&',').is_some() => parts[last].push(','),
+            ',' => parts.push(String::new()),
+            _ => parts[last].push(letter),
+        }
+    }
+    parts
+}
+
+/// Opens them.
+pub fn open(disks: &[Disk]) -> Result<Vec<vm::Disk>, disks::Error> {
+    let open = |(n, disk): (usize, &Disk)| {
+        let options = Options { format: disk.format, read_only: disk.read_only };
+        let serial = disk.serial.clone().unwrap_or_else(|| format!("lodge-{n}"));
+        Ok(vm::Disk { image: Arc::new(disks::Disk::open(&disk.path, &options)?), serial })
+    };
+    disks.iter().enumerate().map(open).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_follow_the_path() {
+        let disk = parse("a,,b.img,readonly,format=qcow2,serial=x=y").unwrap();
+        let serial = Some("x=y".to_owned());
+        let expected = Disk { path: "a,b.img".into(), format: Some(Format::Qcow2), read_only: true, serial };
+        assert_eq!(disk, expected);
+    }
+
+    #[test]
+    fn what_is_not_known_is_named() {
+        for (text, part) in
+            [("", "path"), ("a,rw", "\"rw\""), ("a,format=iso", "\"iso\""), (",readonly", "path")]
+        {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}

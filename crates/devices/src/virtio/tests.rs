@@ -1,0 +1,271 @@
+//! A driver by hand, well-behaved and not.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use machine::Memory;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::blk::Blk;
+use super::{Device, Pci};
+use crate::pci::Function;
+
+const DESCRIPTORS: u64 = 0x1_0000;
+const AVAILABLE: u64 = 0x1_1000;
+const USED: u64 = 0x1_2000;
+const DATA: u64 = 0x2_0000;
+const WRITE: u16 = 2;
+const NEXT: u16 = 1;
+const NEEDS_RESET: u64 = 0x40;
+
+/// Parts of the BAR.
+const COMMON: u64 = 0;
+const CONFIG: u64 = 0x2000;
+const NOTIFY: u64 = 0x3000;
+
+struct Driver {
+    pci: Arc<Pci>,
+    memory: Memory,
+    requests: u16,
+    _file: tempfile::NamedTempFile,
+}
+
+impl Driver {
+    /// A driver for a disk of 1 MiB, up to the point where queues are set up.
+    fn new() -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let options = disks::Options { format: Some(disks::Format::Raw), read_only: false };
+        let disk = Arc::new(disks::Disk::open(file.path(), &options).unwrap());
+        let memory = Memory::new(4 << 20, 0).unwrap();
+        let device: Arc<dyn Device> = Arc::new(Blk::new(disk, "test"));
+        let pci = Pci::new(device, memory.clone()).unwrap();
+        // Memory and bus master.
+        pci.config().set(4, &[6]);
+        let this = Self { pci, memory, requests: 0, _file: file };
+        this.features();
+        this
+    }
+
+    fn features(&self) {
+        self.status(0);
+        self.status(3);
+        self.write(8, 4, 1);
+        self.write(0xc, 4, 1);
+        self.status(11);
+        assert_eq!(self.read(0x14, 1), 11, "features are accepted");
+    }
+
+    fn ready() -> Self {
+        let this = Self::new();
+        this.enable(256);
+        this.status(15);
+        this
+    }
+
+    fn read(&self, at: u64, size: u8) -> u64 {
+        self.pci.read_bar(0, COMMON + at, size)
+    }
+
+    fn write(&self, at: u64, size: u8, value: u64) {
+        self.pci.write_bar(0, COMMON + at, size, value);
+    }
+
+    fn status(&self, value: u64) {
+        self.write(0x14, 1, value);
+    }
+
+    fn enable(&self, size: u64) {
+        self.write(0x16, 2, 0);
+        self.write(0x18, 2, size);
+        for (at, address) in [(0x20, DESCRIPTORS), (0x28, AVAILABLE), (0x30, USED)] {
+            self.write(at, 4, address);
+            self.write(at + 4, 4, 0);
+        }
+        self.write(0x1c, 2, 1);
+    }
+
+    fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
+        self.memory.guest().write_obj(value, GuestAddress(at)).unwrap();
+    }
+
+    fn get<T: vm_memory::ByteValued>(&self, at: u64) -> T {
+        self.memory.guest().read_obj(GuestAddress(at)).unwrap()
+    }
+
+    fn descriptor(&self, n: u64, address: u64, len: u32, flags: u16, next: u16) {
+        let at = DESCRIPTORS + 16 * n;
+        self.put(at, address);
+        self.put(at + 8, len);
+        self.put(at + 12, flags);
+        self.put(at + 14, next);
+    }
+
+    /// Offers the chain that begins at descriptor 0, and waits until the device is done with it or has given up.
+    fn offer(&mut self) -> bool {
+        self.put(AVAILABLE + 4 + 2 * u64::from(self.requests % 256), 0u16);
+        self.requests += 1;
+        self.announce(self.requests);
+        let patience = Instant::now() + Duration::from_secs(20);
+        loop {
+            if self.read(0x14, 1) & NEEDS_RESET != 0 {
+                return false;
+            }
+            if self.get::<u16>(USED + 2) == self.requests {
+                return true;
+            }
+            assert!(Instant::now() < patience, "the device neither serves the request nor gives up");
+            std::thread::yield_now();
+        }
+    }
+
+    fn announce(&self, index: u16) {
+        self.put(AVAILABLE + 2, index);
+        self.pci.write_bar(0, NOTIFY, 2, 0);
+    }
+
+    /// A request with one piece of data; gives the status, or `None` if the device gave up.
+    fn request(&mut self, kind: u32, sector: u64, len: u32, to_device: bool) -> Option<u8> {
+        self.put(DATA, kind);
+        self.put(DATA + 4, 0u32);
+        self.put(DATA + 8, sector);
+        self.put(DATA + 0xff0, 0xffu8);
+        self.descriptor(0, DATA, 16, NEXT, 1);
+        self.descriptor(1, DATA + 0x1000, len, NEXT | if to_device { 0 } else { WRITE }, 2);
+        self.descriptor(2, DATA + 0xff0, 1, WRITE, 0);
+        self.offer().then(|| self.get(DATA + 0xff0))
+    }
+
+    /// The device works after a reset, whatever was before.
+    fn recovers(mut self) {
+        self.features();
+        self.put(AVAILABLE, [0u8; 6]);
+        self.put(USED, [0u8; 8]);
+        self.requests = 0;
+        self.enable(256);
+        self.status(15);
+        assert_eq!(self.request(0, 0, 512, false), Some(0));
+    }
+}
+
+#[test]
+fn bytes_go_there_and_back() {
+    let mut d = Driver::ready();
+    assert_eq!(d.pci.read_bar(0, CONFIG, 8), 2048, "sectors");
+    d.memory.guest().write_slice(&[0x5a; 1024], GuestAddress(DATA + 0x1000)).unwrap();
+    assert_eq!(d.request(1, 3, 1024, true), Some(0));
+    d.memory.guest().write_slice(&[0; 1024], GuestAddress(DATA + 0x1000)).unwrap();
+    assert_eq!(d.request(0, 4, 512, false), Some(0));
+    assert_eq!(d.get::<u64>(DATA + 0x1000), 0x5a5a_5a5a_5a5a_5a5a);
+    assert_eq!(d.get::<u32>(USED + 4 + 8 + 4), 513, "bytes written: data and status");
+}
+
+#[test]
+fn what_is_not_on_the_disk_is_an_error_and_what_is_not_known_unsupported() {
+    let mut d = Driver::ready();
+    for (kind, sector, len) in [(0, 2047, 1024), (0, u64::MAX, 512), (0, 0, 511), (11, 0, 17), (11, 0, 4096)]
+    {
+        let to_device = kind == 11;
+        assert_ne!(d.request(kind, sector, len, to_device), Some(0), "{kind} {sector} {len}");
+        if d.read(0x14, 1) & NEEDS_RESET != 0 {
+            d = Driver::ready();
+        }
+    }
+    assert_eq!(d.request(77, 0, 512, false), Some(2));
+    assert_eq!(d.request(0, 0, 512, false), Some(0), "and it goes on");
+}
+
+#[test]
+fn broken_chains_need_a_reset_and_nothing_else() {
+    type Break = fn(&mut Driver);
+    let breaks: [(&str, Break); 7] = [
+        ("a loop", |d| d.descriptor(0, DATA, 16, NEXT, 0)),
+        ("no header", |d| d.descriptor(0, DATA, 8, 0, 0)),
+        ("nowhere to write", |d| d.descriptor(0, DATA, 16, 0, 0)),
+        ("beyond memory", |d| {
+            d.descriptor(0, DATA, 16, NEXT, 1);
+            d.descriptor(1, u64::MAX - 100, 512, NEXT | WRITE, 2);
+            d.descriptor(2, DATA, 1, WRITE, 0);
+        }),
+        ("more than memory", |d| {
+            d.descriptor(0, DATA, 16, NEXT, 1);
+            d.descriptor(1, DATA, u32::MAX, NEXT | WRITE, 2);
+            d.descriptor(2, DATA, 1, WRITE, 0);
+        }),
+        ("a next that is none", |d| {
+            d.descriptor(0, DATA, 16, NEXT, 0xfff0);
+        }),
+        ("a table of descriptors in nowhere", |d| d.descriptor(0, 0xffff_ffff_0000, 64, 4, 0)),
+    ];
+    for (what, spoil) in breaks {
+        let mut d = Driver::ready();
+        spoil(&mut d);
+        assert!(!d.offer(), "{what}");
+        d.recovers();
+    }
+}
+
+#[test]
+fn an_index_that_runs_away_needs_a_reset() {
+    let d = Driver::ready();
+    d.announce(40000);
+    let patience = Instant::now() + Duration::from_secs(20);
+    while d.read(0x14, 1) & NEEDS_RESET == 0 {
+        assert!(Instant::now() < patience, "the device says nothing");
+        std::thread::yield_now();
+    }
+    d.recovers();
+}
+
+#[test]
+fn queues_that_cannot_be_are_not_enabled() {
+    for size in [0, 3, 512, 32768] {
+        let d = Driver::new();
+        d.enable(size);
+        // A size that cannot be leaves the one that was.
+        assert!(d.read(0x18, 2).is_power_of_two() && d.read(0x18, 2) <= 256, "{size}");
+    }
+    let d = Driver::new();
+    for (at, address) in [(0x20, 0x1000_0000), (0x28, AVAILABLE), (0x30, USED)] {
+        d.write(at, 8, address);
+    }
+    d.write(0x1c, 2, 1);
+    assert_eq!(d.read(0x1c, 2), 0, "rings beside memory");
+}
+
+#[test]
+fn resets_in_the_middle_of_requests_leave_it_working() {
+    let mut d = Driver::ready();
+    for _ in 0..200 {
+        d.put(DATA, 0u32);
+        d.descriptor(0, DATA, 16, NEXT, 1);
+        d.descriptor(1, DATA + 0x1000, 1 << 20, NEXT | WRITE, 2);
+        d.descriptor(2, DATA + 0xff0, 1, WRITE, 0);
+        d.announce(1);
+        d.status(0);
+        let after: u16 = d.get(USED + 2);
+        assert_eq!(d.read(0x14, 1), 0);
+        d.features();
+        d.put(USED, [0u8; 8]);
+        d.put(AVAILABLE, [0u8; 6]);
+        d.enable(256);
+        d.status(15);
+        assert!(after <= 1);
+    }
+    d.requests = 0;
+    assert_eq!(d.request(0, 0, 512, false), Some(0));
+}
+
+#[test]
+fn its_state_goes_from_one_to_another() {
+    let mut one = Driver::ready();
+    assert_eq!(one.request(0, 0, 512, false), Some(0));
+    let state = serde_json::to_string(&one.pci.state()).unwrap();
+    let mut other = Driver::new();
+    other.memory.guest().write_slice(&[0; 0x1000], GuestAddress(AVAILABLE)).unwrap();
+    other.put(AVAILABLE + 2, 1u16);
+    other.put(USED + 2, 1u16);
+    other.requests = 1;
+    other.pci.set_state(&serde_json::from_str(&state).unwrap());
+    assert_eq!(other.request(0, 0, 512, false), Some(0));
+}
