@@ -67,6 +67,13 @@ fn a_disk_outlives_resets_and_may_be_for_reading_only() {
         .args(["--cmdline", &format!("lodge.exec=\"{exec}\"")]);
     let done = start_with(&mut command, "").wait(PATIENCE).expect(0);
     assert!(done.out.contains("found it"), "{}", done.out);
+    // Written, and not flushed by the guest, before it ends.
+    with_disk("tiny", &path.display().to_string(), "echo late | dd of=/dev/vda seek=7 2>/dev/null\n");
+    let image = disks::Disk::open(&path, &disks::Options { read_only: true, ..Default::default() }).unwrap();
+    let mut late = [0; 4];
+    image.read(7 * 512, &mut late).unwrap();
+    assert_eq!(&late, b"late");
+    drop(image);
     let before = std::fs::read(&path).unwrap();
     let argument = format!("{},readonly", path.display());
     let done = with_disk("tiny", &argument, "cat /sys/block/vda/ro; echo x | dd of=/dev/vda 2>&1\n");

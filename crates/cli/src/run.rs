@@ -66,11 +66,14 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
         end = vm.run(deadline);
     }
     let report = vm.stop();
+    // What the guest has not asked to be flushed is not lost either when it ends.
+    let flushed = config.disks.iter().try_for_each(|disk| disk.image.flush());
     console.flush();
     raw.iter().for_each(Raw::restore);
     if args.stats {
         print_stats(&report, prepared, begun.elapsed());
     }
+    flushed?;
     Ok(finish(end.as_ref(), args))
 }
 
