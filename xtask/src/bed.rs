@@ -121,10 +121,7 @@ impl Bed {
         image.device("dev/console", 0o600, 5, 1);
         image.file("bin/busybox", 0o755, &read(&busybox[0].stored)?);
         for (name, file) in MODULES.iter().zip(&files[1..]) {
-            let packed = read(&file.stored)?;
-            let mut module = Vec::new();
-            images::deb::decompress(&file.path, packed.as_slice(), 64 << 20)?.read_to_end(&mut module)?;
-            image.file(&format!("modules/{name}.ko"), 0o644, &module);
+            image.file(&format!("modules/{name}.ko"), 0o644, &file.module()?);
         }
         Ok(Self { kernel: files[0].stored.clone(), image, libraries: BTreeSet::new(), trace: false })
     }

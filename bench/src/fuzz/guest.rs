@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use machine::apic::Apics;
 use machine::cpu::{Debug, Fpu, State, Vcpu};
-use machine::{Bus, Clock, Machine, Memory, Power, Timers};
+use machine::{Clock, Machine, Memory};
 use native::SimdState;
 use native::oracle::{CODE, CODE_END, Case, CpuImage, DATA, DATA_SIZE, End, Mode, READ_ONLY, Reply, WINDOW};
 use vm_memory::{Bytes, GuestAddress};
@@ -45,17 +45,8 @@ impl Guest {
     /// The host gives no memory, or its processor cannot be shown to a guest.
     pub fn new() -> Result<Self> {
         let memory = Memory::new(4 << 20, 0)?;
-        let clock = Arc::new(Clock::manual(1_000_000));
-        let timers = Timers::new(clock.clone())?;
-        let apics = Apics::new(1, &clock, &timers);
-        let machine = Arc::new(Machine {
-            memory: memory.clone(),
-            ports: Bus::default(),
-            mmio: Bus::default(),
-            clock,
-            timers,
-            power: Power::default(),
-        });
+        let machine = Arc::new(Machine::new(memory.clone(), Clock::manual(1_000_000))?);
+        let apics = Apics::new(1, &machine.clock, &machine.timers);
         let local = apics.local(0).context("there is one processor")?;
         let mut cpu = interpret::Cpu::new(machine, local, Arc::new(processor()?), 0);
         cpu.debug(&Debug { step: true, ..Debug::default() })?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use machine::apic::{Apics, Local, LocalState};
 use machine::cpu::{Exit, State, Vcpu};
-use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
+use machine::{Clock, Machine, Memory, Registers};
 use vm_memory::{Bytes, GuestAddress};
 use x86::cpuid::Cpuid;
 use x86::gpr;
@@ -123,17 +123,8 @@ impl Side {
     /// A machine: `None` has the reference engine, else dead flags are exact or not.
     fn new(exact: Option<bool>, cpuid: Arc<Cpuid>) -> Result<Self> {
         let memory = Memory::new(1 << 20, 0)?;
-        let clock = Arc::new(Clock::manual(1_000_000));
-        let timers = Timers::new(clock.clone())?;
-        let apics = Apics::new(1, &clock, &timers);
-        let machine = Arc::new(Machine {
-            memory: memory.clone(),
-            ports: Bus::default(),
-            mmio: Bus::default(),
-            clock,
-            timers,
-            power: Power::default(),
-        });
+        let machine = Arc::new(Machine::new(memory.clone(), Clock::manual(1_000_000))?);
+        let apics = Apics::new(1, &machine.clock, &machine.timers);
         let local = apics.local(0).context("there is one processor")?;
         local.write(0xf0, 0x1ff);
         let ended = Arc::new(AtomicBool::new(false));

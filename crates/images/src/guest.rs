@@ -1,6 +1,5 @@
 //! The default guest: a kernel and busybox.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::Options;
@@ -21,8 +20,6 @@ const CMDLINE: &str = "console=ttyS0 quiet cryptomgr.notests";
 /// Drivers of virtual disks, in the order in which they are loaded. Kernels may have them built in.
 const MODULES: [&str; 6] =
     ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
-/// Bytes of a driver at most.
-const MODULE: u64 = 16 << 20;
 /// Kernels fit for a virtual machine, best first, by architecture: Debian's, then Ubuntu's.
 const KERNELS: [(&str, &[&str]); 2] = [
     (
@@ -141,13 +138,8 @@ fn stored_initramfs(
     let program = std::fs::read(&busybox.stored).map_err(Error::cache(&busybox.stored))?;
     let mut image = initramfs(&program);
     for (n, module) in modules.iter().enumerate() {
-        let packed = std::fs::read(&module.stored).map_err(Error::cache(&module.stored))?;
-        let mut bytes = Vec::new();
-        crate::deb::decompress(&module.path, packed.as_slice(), MODULE)
-            .and_then(|mut from| Ok(from.read_to_end(&mut bytes)?))
-            .map_err(|source| Error::Package { package: module.path.clone(), source })?;
         // By number, for they are loaded in this order.
-        image.file(&format!("lib/modules/{n}.ko"), 0o644, &bytes);
+        image.file(&format!("lib/modules/{n}.ko"), 0o644, &module.module()?);
     }
     source.store(&key, &busybox.sha256, "initramfs.cpio", &image.finish(), progress)
 }

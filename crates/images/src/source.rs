@@ -41,6 +41,21 @@ pub struct PackageFile {
     pub sha256: String,
 }
 
+/// Bytes of a kernel module at most.
+const MODULE: u64 = 64 << 20;
+
+impl PackageFile {
+    /// The kernel module in it, unpacked: some packages have them compressed.
+    pub fn module(&self) -> Result<Vec<u8>, Error> {
+        let packed = std::fs::read(&self.stored).map_err(Error::cache(&self.stored))?;
+        let mut bytes = Vec::new();
+        crate::deb::decompress(&self.path, packed.as_slice(), MODULE)
+            .and_then(|mut from| Ok(from.read_to_end(&mut bytes)?))
+            .map_err(|source| Error::Package { package: self.path.clone(), source })?;
+        Ok(bytes)
+    }
+}
+
 /// What the cache remembers of a package's files.
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {

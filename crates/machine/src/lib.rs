@@ -35,3 +35,15 @@ pub struct Machine {
     /// How the machine ends.
     pub power: Power,
 }
+
+impl Machine {
+    /// A machine without devices, with timers of `clock` and a power switch of its own.
+    ///
+    /// # Errors
+    /// The host gives no thread for timers.
+    pub fn new(memory: Memory, clock: Clock) -> std::io::Result<Self> {
+        let clock = Arc::new(clock);
+        let (ports, mmio, power) = (Bus::default(), Bus::default(), Power::default());
+        Ok(Self { memory, ports, mmio, timers: Timers::new(clock.clone())?, clock, power })
+    }
+}

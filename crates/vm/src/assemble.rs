@@ -9,7 +9,7 @@ use machine::apic::Apics;
 use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
 use machine::irqs::Irqs;
-use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
+use machine::{Bus, Clock, Machine, Memory, Power, Registers};
 use x86::cpuid::Cpuid;
 
 use crate::Error;
@@ -45,17 +45,9 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
         Chosen::Kvm { tsc_khz, .. } => tsc_khz,
         Chosen::Interpret | Chosen::Translate => TSC_KHZ,
     };
-    let clock = Arc::new(Clock::host(tsc_khz));
-    let timers =
-        Timers::new(clock.clone()).map_err(|source| Error::Host { what: "a thread for timers", source })?;
-    let machine = Arc::new(Machine {
-        memory,
-        ports: Bus::default(),
-        mmio: Bus::default(),
-        clock,
-        timers,
-        power: power.clone(),
-    });
+    let machine = Machine::new(memory, Clock::host(tsc_khz))
+        .map_err(|source| Error::Host { what: "a thread for timers", source })?;
+    let machine = Arc::new(Machine { power: power.clone(), ..machine });
     let processor = host::processor(engine, config.model, config.cpus, tsc_khz)?;
     let (mut vcpus, irqs, engine) = match engine {
         Chosen::Kvm { .. } => with_kvm(config, &machine, &processor)?,

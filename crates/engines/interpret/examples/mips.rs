@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use interpret::Cpu;
 use machine::apic::Apics;
 use machine::cpu::{State, Vcpu};
-use machine::{Bus, Clock, Machine, Memory, Power, Timers};
+use machine::{Clock, Machine, Memory};
 use x86::Segment;
 use x86::control::{cr0, cr4, efer};
 use x86::cpuid::{Config, Cpuid, IMPLEMENTED, Model, Vendor};
@@ -46,18 +46,9 @@ const LOOP: &[u8] = &[
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let memory = Memory::new(16 << 20, 0)?;
-    let clock = Arc::new(Clock::host(1_000_000));
-    let timers = Timers::new(clock.clone())?;
-    let apics = Apics::new(1, &clock, &timers);
+    let machine = Arc::new(Machine::new(memory.clone(), Clock::host(1_000_000))?);
+    let apics = Apics::new(1, &machine.clock, &machine.timers);
     let local = apics.local(0).ok_or("no APIC")?;
-    let machine = Arc::new(Machine {
-        memory: memory.clone(),
-        ports: Bus::default(),
-        mmio: Bus::default(),
-        clock,
-        timers,
-        power: Power::default(),
-    });
     let config = Config {
         model: Model::V3,
         vendor: Vendor::Amd,

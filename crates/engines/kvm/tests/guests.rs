@@ -9,7 +9,7 @@ use std::time::Duration;
 use kvm::{Vcpu, Vm};
 use machine::cpu::{Activity, Debug, Exit, State, Stop, Vcpu as _};
 use machine::irq::{Controllers, LocalApics, Msi};
-use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
+use machine::{Clock, Machine, Memory, Registers};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use x86::cpuid::{Config, Cpuid, Feature, Model, Vendor};
 use x86::{Segment, gpr, segment::index};
@@ -75,15 +75,8 @@ fn guest(code: &[u8]) -> Option<Guest> {
         println!("skipped: /dev/kvm: {e}");
         return None;
     }
-    let clock = Arc::new(Clock::host(1_000_000));
-    let machine = Arc::new(Machine {
-        memory: Memory::new(2 << 20, 0x1000).unwrap(),
-        ports: Bus::default(),
-        mmio: Bus::default(),
-        timers: Timers::new(clock.clone()).unwrap(),
-        clock,
-        power: Power::default(),
-    });
+    let memory = Memory::new(2 << 20, 0x1000).unwrap();
+    let machine = Arc::new(Machine::new(memory, Clock::host(1_000_000)).unwrap());
     let (ports, mmio, end) =
         (Arc::<Recorder>::default(), Arc::<Recorder>::default(), Arc::<Recorder>::default());
     machine.ports.insert(0x40, 8, "ports", ports.clone()).unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use interpret::Cpu;
 use machine::apic::{Apics, Local};
 use machine::cpu::{Exit, State, Vcpu};
-use machine::{Bus, Clock, Machine, Memory, Power, Registers, Timers};
+use machine::{Clock, Machine, Memory, Registers};
 use x86::Segment;
 use x86::control::{cr0, cr4, efer};
 use x86::cpuid::{Config, Cpuid, IMPLEMENTED, Model, Vendor};
@@ -55,13 +55,9 @@ pub enum End {
 impl Guest {
     fn new() -> Self {
         let memory = Memory::new(16 << 20, 0).unwrap();
-        let clock = Arc::new(Clock::manual(1_000_000));
-        let timers = Timers::new(clock.clone()).unwrap();
-        let local = Apics::new(1, &clock, &timers).local(0).unwrap();
-        let ports = Bus::default();
-        ports.insert(0xf4, 1, "stop", Arc::new(Stop(local.clone()))).unwrap();
-        let (mmio, power) = (Bus::default(), Power::default());
-        let machine = Machine { memory: memory.clone(), ports, mmio, clock, timers, power };
+        let machine = Machine::new(memory.clone(), Clock::manual(1_000_000)).unwrap();
+        let local = Apics::new(1, &machine.clock, &machine.timers).local(0).unwrap();
+        machine.ports.insert(0xf4, 1, "stop", Arc::new(Stop(local.clone()))).unwrap();
         let config = Config {
             model: Model::V3,
             vendor: Vendor::Amd,

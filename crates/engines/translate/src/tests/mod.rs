@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use machine::apic::Apics;
 use machine::cpu::{Error, Exit, State, Vcpu};
-use machine::{Bus, Clock, Machine, Memory, Power, Timers};
+use machine::{Clock, Machine, Memory};
 use x86::cpuid::{Config, Cpuid, IMPLEMENTED, Model, Vendor};
 use x86::segment::{attr, index};
 use x86::{Segment, Table, flags};
@@ -29,17 +29,8 @@ struct Bench {
 impl Bench {
     fn new(bits: u32, code: &[u8], gpr: &[u64; 16]) -> Self {
         let memory = Memory::new(SIZE, 0).unwrap();
-        let clock = Arc::new(Clock::manual(1_000_000));
-        let timers = Timers::new(clock.clone()).unwrap();
-        let apics = Apics::new(1, &clock, &timers);
-        let machine = Arc::new(Machine {
-            memory: memory.clone(),
-            ports: Bus::default(),
-            mmio: Bus::default(),
-            clock,
-            timers,
-            power: Power::default(),
-        });
+        let machine = Arc::new(Machine::new(memory.clone(), Clock::manual(1_000_000)).unwrap());
+        let apics = Apics::new(1, &machine.clock, &machine.timers);
         // One page of 1 GiB.
         memory.write(PML4, &(PML4 + 0x1023).to_le_bytes());
         memory.write(PML4 + 0x1000, &0xe3u64.to_le_bytes());
