@@ -9,8 +9,7 @@ use disks::{Format, Options};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
     path: PathBuf,
-    format: Option<Format>,
-    read_only: bool,
+    options: Options,
     serial: Option<String>,
 }
 
@@ -18,14 +17,14 @@ pub struct Disk {
 pub fn parse(text: &str) -> Result<Disk, String> {
     let mut parts = split(text).into_iter();
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("give the path of an image")?;
-    let mut disk = Disk { path: path.into(), format: None, read_only: false, serial: None };
+    let mut disk = Disk { path: path.into(), options: Options::default(), serial: None };
     for part in parts {
         match part.split_once('=') {
-            None if part == "readonly" => disk.read_only = true,
+            None if part == "readonly" => disk.options.read_only = true,
             Some(("serial", serial)) => disk.serial = Some(serial.to_owned()),
-            Some(("format", "raw")) => disk.format = Some(Format::Raw),
-            Some(("format", "qcow2")) => disk.format = Some(Format::Qcow2),
-            Some(("format", "vmdk")) => disk.format = Some(Format::Vmdk),
+            Some(("format", "raw")) => disk.options.format = Some(Format::Raw),
+            Some(("format", "qcow2")) => disk.options.format = Some(Format::Qcow2),
+            Some(("format", "vmdk")) => disk.options.format = Some(Format::Vmdk),
             Some(("format", other)) => {
                 return Err(format!("\"{other}\" is no format; there are raw, qcow2 and vmdk"));
             }
@@ -57,9 +56,8 @@ fn split(text: &str) -> Vec<String> {
 /// Opens them.
 pub fn open(disks: &[Disk]) -> Result<Vec<vm::Disk>, disks::Error> {
     let open = |(n, disk): (usize, &Disk)| {
-        let options = Options { format: disk.format, read_only: disk.read_only };
         let serial = disk.serial.clone().unwrap_or_else(|| format!("lodge-{n}"));
-        Ok(vm::Disk { image: Arc::new(disks::Disk::open(&disk.path, &options)?), serial })
+        Ok(vm::Disk { image: Arc::new(disks::Disk::open(&disk.path, &disk.options)?), serial })
     };
     disks.iter().enumerate().map(open).collect()
 }
@@ -72,7 +70,8 @@ mod tests {
     fn options_follow_the_path() {
         let disk = parse("a,,b.img,readonly,format=qcow2,serial=x=y").unwrap();
         let serial = Some("x=y".to_owned());
-        let expected = Disk { path: "a,b.img".into(), format: Some(Format::Qcow2), read_only: true, serial };
+        let options = Options { format: Some(Format::Qcow2), read_only: true };
+        let expected = Disk { path: "a,b.img".into(), options, serial };
         assert_eq!(disk, expected);
     }
 

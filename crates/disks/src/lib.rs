@@ -73,7 +73,7 @@ impl fmt::Display for Format {
 }
 
 /// How to open an image.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// Its format; `None` detects it by the first bytes.
     pub format: Option<Format>,

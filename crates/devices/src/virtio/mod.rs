@@ -45,9 +45,9 @@ pub trait Device: Send + Sync {
     /// Its configuration, which drivers only read.
     fn config(&self) -> Vec<u8>;
 
-    /// Serves a request of queue `queue`. The driver has accepted `features`. Gives the bytes that were written.
+    /// Serves a request of queue `queue`. Gives the bytes that were written.
     ///
     /// # Errors
     /// The request makes no sense.
-    fn serve(&self, queue: usize, features: u64, request: In<'_>, answer: Out<'_>) -> Result<usize, Broken>;
+    fn serve(&self, queue: usize, request: In<'_>, answer: Out<'_>) -> Result<usize, Broken>;
 }

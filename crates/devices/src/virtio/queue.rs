@@ -36,8 +36,8 @@ pub struct Vring {
 
 /// Who looks after a queue's results.
 pub trait Owner: Send + Sync {
-    /// The device may serve requests; the features that the driver accepted.
-    fn running(&self) -> Option<u64>;
+    /// Whether the device may serve requests.
+    fn is_running(&self) -> bool;
     /// Tells the driver that requests of queue `n` were served.
     fn served(&self, n: usize);
     /// The driver broke the rules.
@@ -116,8 +116,7 @@ impl Vring {
         loop {
             // Locked anew for each request, so that a reset need not wait for all.
             let mut queue = lock(&self.queue);
-            let Some(features) = owner.running() else { return Ok(()) };
-            if !queue.ready() || self.stopped.load(Ordering::SeqCst) {
+            if !owner.is_running() || !queue.ready() || self.stopped.load(Ordering::SeqCst) {
                 return Ok(());
             }
             let guest = memory.guest();
@@ -132,7 +131,7 @@ impl Vring {
             let head = chain.head_index();
             let request = chain.clone().reader(guest).map_err(|_| Broken)?;
             let answer = chain.writer(guest).map_err(|_| Broken)?;
-            let written = device.serve(n, features, request, answer)?;
+            let written = device.serve(n, request, answer)?;
             queue.add_used(guest, head, written as u32).map_err(|_| Broken)?;
             let tell = queue.needs_notification(guest).map_err(|_| Broken)?;
             drop(queue);

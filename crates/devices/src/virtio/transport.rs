@@ -1,7 +1,7 @@
 //! Virtio over PCI (virtio 1.2, section 4.1): the modern interface, with MSI-X.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
@@ -106,15 +106,13 @@ struct Inner {
     config: Config,
     memory: Memory,
     registers: Mutex<Registers>,
-    /// The accepted features while the driver has the device running, else [`STOPPED`]: what the queues' threads look at.
-    running: AtomicU64,
+    /// The driver has the device running: what the queues' threads look at.
+    running: AtomicBool,
     isr: AtomicU8,
     queues: Vec<Arc<Vring>>,
     /// Where the capability for access through configuration space is.
     window: usize,
 }
-
-const STOPPED: u64 = 0;
 
 impl fmt::Debug for Pci {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -135,7 +133,7 @@ impl Pci {
             window,
             memory: memory.clone(),
             registers: Mutex::new(Registers::new(queues.len())),
-            running: AtomicU64::new(STOPPED),
+            running: AtomicBool::new(false),
             isr: AtomicU8::new(0),
             queues,
             device,
@@ -151,13 +149,9 @@ impl Pci {
 
     /// Its registers.
     pub fn state(&self) -> Saved<PciState> {
-        let queues = self.inner.queues.iter().map(|q| q.with(|q| queue_state(q))).collect::<Vec<_>>();
         let registers = lock(&self.inner.registers).clone();
-        let queues = queues
-            .into_iter()
-            .zip(&registers.vectors)
-            .map(|(q, &vector)| QueueState { vector, ..q })
-            .collect();
+        let queues = self.inner.queues.iter().zip(&registers.vectors);
+        let queues = queues.map(|(q, &vector)| q.with(|q| queue_state(q, vector))).collect();
         Saved::V1(PciState { registers, isr: self.inner.isr.load(Ordering::SeqCst), queues })
     }
 
@@ -165,7 +159,7 @@ impl Pci {
     pub fn set_state(&self, state: &Saved<PciState>) {
         let Saved::V1(state) = state;
         let inner = &*self.inner;
-        inner.running.store(STOPPED, Ordering::SeqCst);
+        inner.running.store(false, Ordering::SeqCst);
         let mut registers = lock(&inner.registers);
         let offered = inner.offered();
         *registers = Registers { vectors: registers.vectors.clone(), ..state.registers.clone() };
@@ -191,13 +185,18 @@ impl Drop for Pci {
     }
 }
 
-fn queue_state(q: &virtio_queue::Queue) -> QueueState {
+/// The addresses of a queue's rings.
+fn rings(q: &virtio_queue::Queue) -> [u64; 3] {
+    [q.desc_table(), q.avail_ring(), q.used_ring()]
+}
+
+fn queue_state(q: &virtio_queue::Queue, vector: u16) -> QueueState {
     QueueState {
         size: q.size(),
         ready: q.ready(),
-        rings: [q.desc_table(), q.avail_ring(), q.used_ring()],
+        rings: rings(q),
         next: [q.next_avail(), q.next_used()],
-        vector: NO_VECTOR,
+        vector,
     }
 }
 
@@ -349,7 +348,7 @@ impl Inner {
             common::QUEUE_ENABLE => queue.map_or(0, |q| q.with(|q| q.ready()).into()),
             common::QUEUE_NOTIFY => n as u64,
             common::QUEUE_RINGS..common::QUEUE_RINGS_END => {
-                let rings = queue.map_or([0; 3], |q| q.with(|q| queue_state(q).rings));
+                let rings = queue.map_or([0; 3], |q| q.with(|q| rings(q)));
                 let at = offset - common::QUEUE_RINGS;
                 let ring = rings[(at / 8) as usize] >> (8 * (at % 8));
                 if size >= 8 { ring } else { ring & ((1 << (8 * size)) - 1) }
@@ -420,7 +419,7 @@ impl Inner {
 
     fn set_status(&self, r: &mut Registers, value: u8) {
         if value == 0 {
-            self.running.store(STOPPED, Ordering::SeqCst);
+            self.running.store(false, Ordering::SeqCst);
             // Whoever serves a request finishes it first.
             self.queues.iter().for_each(|q| q.with(|q| q.reset()));
             *r = Registers::new(self.queues.len());
@@ -441,7 +440,7 @@ impl Inner {
     fn run_if_ready(&self, r: &Registers) {
         let both = status::FEATURES_OK | status::DRIVER_OK;
         let ready = r.status & (both | status::NEEDS_RESET) == both;
-        self.running.store(if ready { r.features } else { STOPPED }, Ordering::SeqCst);
+        self.running.store(ready, Ordering::SeqCst);
     }
 
     fn interrupt(&self, vector: u16, isr: u8) {
@@ -460,10 +459,10 @@ impl Inner {
 struct Back(Weak<Inner>);
 
 impl Owner for Back {
-    fn running(&self) -> Option<u64> {
-        let inner = self.0.upgrade()?;
-        let features = inner.running.load(Ordering::SeqCst);
-        (features != STOPPED && inner.config.bus_master()).then_some(features)
+    fn is_running(&self) -> bool {
+        self.0
+            .upgrade()
+            .is_some_and(|inner| inner.running.load(Ordering::SeqCst) && inner.config.bus_master())
     }
 
     fn served(&self, n: usize) {
@@ -478,7 +477,7 @@ impl Owner for Back {
         let vector = {
             let mut r = lock(&inner.registers);
             // It may have been reset meanwhile.
-            if inner.running.swap(STOPPED, Ordering::SeqCst) == STOPPED {
+            if !inner.running.swap(false, Ordering::SeqCst) {
                 return;
             }
             r.status |= status::NEEDS_RESET;

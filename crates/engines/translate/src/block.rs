@@ -397,7 +397,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         } else if matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) && !self.c.mode.wide() {
             self.zero_vectors(i.mnemonic() == Mnemonic::Vzeroall);
         } else {
-            self.forget_crossing();
+            self.crossing = None;
             let size = i.memory_size().size() as u8;
             self.align = if interpret::alignment_counts(i) { size.saturating_sub(1) } else { 0 };
             self.copy(i);
@@ -418,11 +418,6 @@ impl<'a, 'p> Builder<'a, 'p> {
         self.flags = Flags::Memory;
         self.owner = None;
         goes_on
-    }
-
-    /// For instructions that do not let [`Builder::go_on_after`] make use of it.
-    pub fn forget_crossing(&mut self) {
-        self.crossing = None;
     }
 
     /// Lets translated code go on behind an instruction whose operand crossed a page, if nothing but its result is expected

@@ -89,7 +89,6 @@ impl Builder<'_, '_> {
         if repeats(i) {
             return self.repeat(i, what, size);
         }
-        self.forget_crossing();
         match what {
             String::Load => self.plain(
                 i,

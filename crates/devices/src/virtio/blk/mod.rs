@@ -156,7 +156,7 @@ impl Device for Blk {
         c
     }
 
-    fn serve(&self, _: usize, _: u64, mut request: In<'_>, mut answer: Out<'_>) -> Result<usize, Broken> {
+    fn serve(&self, _: usize, mut request: In<'_>, mut answer: Out<'_>) -> Result<usize, Broken> {
         let mut header = [0; HEADER];
         request.read_exact(&mut header).map_err(|_| Broken)?;
         let (kind, sector) = (dword(&header, 0), word(&header, 8));

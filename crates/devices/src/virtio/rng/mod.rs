@@ -46,7 +46,7 @@ impl Device for Rng {
         Vec::new()
     }
 
-    fn serve(&self, _: usize, _: u64, _: In<'_>, mut answer: Out<'_>) -> Result<usize, Broken> {
+    fn serve(&self, _: usize, _: In<'_>, mut answer: Out<'_>) -> Result<usize, Broken> {
         let mut bytes = vec![0; answer.available_bytes().min(MOST)];
         (&self.0).read_exact(&mut bytes).map_err(|_| Broken)?;
         answer.write_all(&bytes).map_err(|_| Broken)?;

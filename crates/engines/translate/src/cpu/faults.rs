@@ -38,11 +38,14 @@ impl Cpu {
         } else {
             self.flags_out();
         }
-        self.catch_up();
+        let instruction = self.decode();
+        if let Some(i) = &instruction {
+            self.catch_up(i);
+        }
         let (rw, ro, len) = self.alias;
         let inside = (rw..rw + len).contains(&address) || (ro..ro + len).contains(&address);
         if signal == libc::SIGSEGV && inside {
-            if self.store_fault(address) && mark.access {
+            if instruction.is_some_and(|i| self.store_fault(&i, address)) && mark.access {
                 return Ok(Next::Host(host));
             }
         } else if signal == libc::SIGSEGV && address != 0 && address >> 47 == 0 {
@@ -56,9 +59,8 @@ impl Cpu {
     }
 
     /// Brings the registers of a string instruction that faulted on its way up to date.
-    fn catch_up(&mut self) {
-        let Some(i) = self.decode() else { return };
-        if let Some((registers, size)) = strings::behind(&i) {
+    fn catch_up(&mut self, i: &Instruction) {
+        if let Some((registers, size)) = strings::behind(i) {
             let count = self.frame.get(at::SCRATCH2);
             let core = self.vcpu.core();
             let done = count.wrapping_sub(core.r[1]).wrapping_mul(size);
@@ -81,10 +83,9 @@ impl Cpu {
     }
 
     /// A store met a page that cannot be written. True if it can be now.
-    fn store_fault(&mut self, address: u64) -> bool {
+    fn store_fault(&mut self, i: &Instruction, address: u64) -> bool {
         let (rw, ro, len) = self.alias;
         let offset = if (rw..rw + len).contains(&address) { address - rw } else { address - ro } & !0xfff;
-        let Some(i) = self.decode() else { return false };
         let wide = self.vcpu.core().bits == 64;
         let value = |core: &interpret::core::Core, r: Register| -> u64 {
             match r {
@@ -96,7 +97,7 @@ impl Cpu {
                 r => core.r[usize::from(number(r))],
             }
         };
-        let info = self.info.info(&i);
+        let info = self.info.info(i);
         let stores: Vec<(u64, u8)> = info
             .used_memory()
             .iter()
