@@ -4,10 +4,11 @@ use iced_x86::{Decoder, Formatter, Instruction, Mnemonic as M, NasmFormatter, Op
 use machine::cpu::State;
 use x86::exception::vector;
 use x86::flags;
+use x86::paging::entry;
 use x86::segment::{attr, index};
 
 use super::case::Case;
-use super::layout::{self, CODE_AT, HANDLERS, KERNEL};
+use super::layout::{self, CODE_AT, HANDLERS, KERNEL, PAGES};
 use super::pair::{Outcome, Pair, Point, Side};
 
 /// Instructions that are followed at most when flags have to be understood.
@@ -137,6 +138,8 @@ pub struct Trace {
     pub pushed: u64,
     /// An instruction depended on undefined flags, or was random.
     pub depends: bool,
+    /// The page tables changed without the TLB being told: old translations may be used, or not (SDM vol. 3, 4.10.2.3).
+    pub remapped: bool,
     /// Code of 64 bits went to code of fewer, from where on the upper halves of registers are undefined (SDM vol. 1, 3.4.1.1).
     pub halves: bool,
 }
@@ -153,6 +156,7 @@ pub fn trace(
     side.prepare(case, image)?;
     let mut trace = Trace::default();
     let mut left = point.map(|p| p.1);
+    let mut untold = false;
     for _ in 0..STEPS {
         if let (Some((point, _)), Some(n)) = (point, left)
             && side.is_at(point)?
@@ -171,10 +175,15 @@ pub fn trace(
         trace.halves |= case.mode.bits() == 64 && !state.segments[index::CS].has(attr::L);
         show(&describe(case, &i, &state));
         trace.before(&i, &state);
+        trace.remapped |= untold && i.mnemonic() != M::Invlpg;
+        let entries = side.entries();
         if side.step().is_some() {
             break;
         }
         let after = side.cpu().state()?;
+        untold = changed(&entries, &side.entries());
+        // Nor does a change of CR3 tell it of pages that are global.
+        trace.remapped |= state.cr3 != after.cr3 && case.pages.iter().any(|entry| entry & entry::G != 0);
         if !inside(state.rip) && inside(after.rip) {
             if matches!(i.mnemonic(), M::Div | M::Idiv) {
                 trace.open |= undefined(&i);
@@ -195,6 +204,12 @@ pub fn trace(
     }
     side.reread();
     Ok(trace)
+}
+
+/// Whether entries of page tables that may be in a TLB became others, but for what the processor notes in them.
+fn changed(before: &[u64; PAGES], after: &[u64; PAGES]) -> bool {
+    let noted = u64::from(ACCESSED_DIRTY);
+    before.iter().zip(after).any(|(old, new)| old & entry::P != 0 && old & !noted != new & !noted)
 }
 
 /// Whether it is an address of a handler.

@@ -161,7 +161,7 @@ fn compare_with(pair: &mut Pair, case: &Case, image: &[u8]) -> Result<Verdict> {
     if matches!(verdict, Verdict::Different(_)) {
         // The way to there may hang on undefined flags.
         let trace = compare::trace(&mut pair.reference, case, image, None, &mut |_| {})?;
-        if trace.depends {
+        if trace.depends || trace.remapped {
             return Ok(Verdict::Undefined);
         }
     }
@@ -197,7 +197,8 @@ fn judge(
     let after = std::mem::replace(&mut pair.reference.now, kept);
     let verdict = if alike(pair, at_end | trace.open, pushed | trace.open | trace.pushed, trace.halves) {
         Verdict::Same
-    } else if trace.depends || trace.pushed != 0 && code(&pair.reference.now) != code(image) {
+    } else if trace.depends || trace.remapped || trace.pushed != 0 && code(&pair.reference.now) != code(image)
+    {
         // The latter may have pushed them where they are code.
         Verdict::Undefined
     } else {

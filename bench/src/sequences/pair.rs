@@ -13,7 +13,7 @@ use x86::cpuid::Cpuid;
 use x86::gpr;
 
 use super::case::Case;
-use super::layout::{self, END, FRAMES, INTERRUPTS, PORT};
+use super::layout::{self, END, FRAMES, INTERRUPTS, PAGES, PORT};
 
 /// Instructions after which a case counts as endless: those that end execute some hundreds.
 const MOST: u64 = 3000;
@@ -312,6 +312,11 @@ impl Side {
         }
         let state = self.cpu().state()?;
         Ok(state.rip == point.rip && state.gpr == point.gpr)
+    }
+
+    /// The page-table entries that the case decides about, as they are now.
+    pub fn entries(&self) -> [u64; PAGES] {
+        std::array::from_fn(|n| self.memory.load(layout::page(n).1))
     }
 
     /// Looks at memory again.
