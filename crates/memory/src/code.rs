@@ -32,7 +32,7 @@ pub struct CodeMap {
 
 impl CodeMap {
     pub(crate) fn new(bytes: u64) -> Self {
-        membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED);
+        order_threads_is_exact();
         let pages = (bytes >> PAGE_SHIFT) as usize;
         // Zeroed allocations of this size come untouched from the kernel: they cost memory only where code is marked.
         // SAFETY: an atomic integer may hold any bit pattern, zero included.
@@ -62,7 +62,7 @@ impl CodeMap {
             alias.protect(offset, false);
         }
         if before & mask != mask {
-            membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);
+            order_threads();
         }
     }
 
@@ -124,12 +124,24 @@ impl CodeMap {
     }
 }
 
-/// Orders the memory accesses of every running thread of this process. Kernels before 4.14, and sandboxes that refuse the
-/// call, leave us with a fence on this side alone: a window of nanoseconds in which cross-modified code may go unnoticed.
-fn membarrier(command: libc::c_int) {
+/// Orders the memory accesses of every running thread of this process: the one half of a barrier between a store and a load
+/// that stands for both. Devices' threads call it, for an engine may drop the guest's half. Kernels before 4.14, and sandboxes
+/// that refuse the call, leave us with a fence on this side alone: a window of nanoseconds in which cross-modified code may go
+/// unnoticed.
+pub fn order_threads() {
+    membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);
+}
+
+/// Whether [`order_threads`] is more than a fence on the calling thread's side.
+pub fn order_threads_is_exact() -> bool {
+    membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)
+}
+
+fn membarrier(command: libc::c_int) -> bool {
     // SAFETY: membarrier takes three integers and touches no memory of ours.
-    unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) };
+    let done = unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) };
     fence(Ordering::SeqCst);
+    done == 0
 }
 
 /// The lines that `len` bytes at `offset` touch; they lie in one page and `len` is not 0.

@@ -18,7 +18,7 @@ mod layout;
 mod ram;
 
 pub use alias::Alias;
-pub use code::CodeMap;
+pub use code::{CodeMap, order_threads, order_threads_is_exact};
 pub use layout::{HOLE_END, HOLE_START, Kind, Region, layout};
 pub use ram::{Error, Guest, Int, Memory, Slot};
 

@@ -122,10 +122,13 @@ impl Vring {
             let guest = memory.guest();
             let chain = queue.iter(guest).map_err(|_| Broken)?.next();
             let Some(chain) = chain else {
-                if queue.enable_notification(guest).map_err(|_| Broken)? {
-                    continue;
+                queue.enable_notification(guest).map_err(|_| Broken)?;
+                // The driver's own barrier may have been dropped.
+                memory::order_threads();
+                if queue.avail_idx(guest, Ordering::Acquire).map_err(|_| Broken)?.0 == queue.next_avail() {
+                    return Ok(());
                 }
-                return Ok(());
+                continue;
             };
             queue.disable_notification(guest).map_err(|_| Broken)?;
             let head = chain.head_index();
@@ -133,6 +136,7 @@ impl Vring {
             let answer = chain.writer(guest).map_err(|_| Broken)?;
             let written = device.serve(n, request, answer)?;
             queue.add_used(guest, head, written as u32).map_err(|_| Broken)?;
+            memory::order_threads();
             let tell = queue.needs_notification(guest).map_err(|_| Broken)?;
             drop(queue);
             if tell {

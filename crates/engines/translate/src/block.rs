@@ -182,6 +182,8 @@ pub struct Context<'a> {
     pub unlinked: bool,
     /// Dead status flags are kept too wherever an exception or an interrupt may push them.
     pub all_flags: bool,
+    /// LOCK is needed.
+    pub keep_lock: bool,
     /// Number of the block.
     pub block: u32,
     /// Number of its first site.

@@ -82,6 +82,7 @@ pub struct Cache {
     pub trace: Option<Trace>,
     unlinked: bool,
     all_flags: bool,
+    keep_lock: bool,
     /// What tests do to rewritten code.
     #[cfg(test)]
     pub spoil: Option<fn(&mut [u8])>,
@@ -95,11 +96,11 @@ const SITE: usize = 24;
 const BLOCK: usize = 64;
 
 impl Cache {
-    /// An empty cache of `size` bytes.
+    /// An empty cache of `size` bytes. `keep_lock`: LOCK is needed.
     ///
     /// # Errors
     /// The host gives no memory.
-    pub fn new(size: usize, host: Host) -> Result<Self, Error> {
+    pub fn new(size: usize, host: Host, keep_lock: bool) -> Result<Self, Error> {
         let mut buffer = Buffer::new(size)?;
         let stubs = Stubs::new(&mut buffer, host);
         Ok(Self {
@@ -116,6 +117,7 @@ impl Cache {
             trace: None,
             unlinked: false,
             all_flags: false,
+            keep_lock,
             #[cfg(test)]
             spoil: None,
             count: Counters::default(),
@@ -317,6 +319,7 @@ impl Cache {
                 alone: next.is_some(),
                 unlinked: self.unlinked,
                 all_flags: self.all_flags,
+                keep_lock: self.keep_lock,
                 block: self.blocks.len() as u32,
                 first_site: self.sites.len(),
             };

@@ -105,6 +105,8 @@ impl Cpu {
         let memory = machine.memory.clone();
         let alias = memory.alias()?;
         let alias = (alias.writable(), alias.readable(), alias.len());
+        // A lone vCPU needs no LOCK but as a barrier towards devices' threads, which bring the whole of it if they can.
+        let keep_lock = count > 1 || !memory::order_threads_is_exact();
         let frame = Frame::new()?;
         let bell = frame.bell();
         local.set_bell(move || bell.ring());
@@ -117,7 +119,7 @@ impl Cpu {
             host,
             frame,
             spaces: Spaces::new(count, share / 6)?,
-            cache: Cache::new(code as usize, host)?,
+            cache: Cache::new(code as usize, host, keep_lock)?,
             alias,
             gs: 0,
             count: Counters::default(),

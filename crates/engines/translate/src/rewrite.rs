@@ -203,7 +203,10 @@ impl Builder<'_, '_> {
 
     /// The instruction itself, its operands being elsewhere.
     pub fn copy(&mut self, i: &Instruction) {
-        let i = decode::general(i);
+        let mut i = decode::general(i);
+        if !self.c.keep_lock {
+            i.set_has_lock_prefix(false);
+        }
         let memory = is_memory(&i);
         let mut temporaries = self.temporaries(&i);
         let mut operand = None;
