@@ -9,7 +9,9 @@
 //! made up: `set_state` brings all of it in range.
 #![forbid(unsafe_code)]
 
+pub mod ahci;
 pub mod debug;
+mod dma;
 pub mod fw_cfg;
 pub mod hpet;
 pub mod pci;

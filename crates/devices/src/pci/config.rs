@@ -169,14 +169,22 @@ impl Config {
         let wide = |b: &Option<Bar>| matches!(b, Some(Bar::Memory64(_)));
         let n = self.bars.iter().rposition(Option::is_some);
         let n = n.map_or(0, |n| n + if wide(&self.bars[n]) { 2 } else { 1 });
-        let width = if wide(&Some(bar)) { 2 } else { 1 };
+        self.add_bar_at(n, bar);
+        n
+    }
+
+    /// Adds BAR number `n`, for devices whose drivers know where their registers are.
+    ///
+    /// # Panics
+    /// There are six at most, and one in 64 bits counts twice.
+    pub fn add_bar_at(&mut self, n: usize, bar: Bar) {
+        let width = if matches!(bar, Bar::Memory64(_)) { 2 } else { 1 };
         assert!(n + width <= 6, "a function has six BARs");
         self.bars[n] = Some(bar);
         let at = reg::BARS + 4 * n;
         self.put(at, &bar.flags().to_le_bytes());
         let mask = !(bar.size() - 1);
         self.allow(at, &mask.to_le_bytes()[..4 * width]);
-        n
     }
 
     /// Adds a capability: `id`, the link, then `body`. Returns its offset.
