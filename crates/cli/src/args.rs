@@ -111,10 +111,13 @@ pub struct Run {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
 
-    /// A disk: an image (raw, qcow2, VMDK) or a block device. `readonly` and `serial=TEXT` may follow, and `format=` (raw, qcow2,
-    /// vmdk), which is found out if absent; a comma in the path is doubled. May be given several times
+    /// A disk: an image (raw, qcow2, VMDK) or a block device. `readonly`, `serial=TEXT` and `bus=` (virtio, sata) may follow, and
+    /// `format=` (raw, qcow2, vmdk), which is found out if absent; a comma in the path is doubled. May be given several times
     #[arg(long, value_name = "PATH[,OPTION…]", help_heading = "Disks", value_parser = crate::disk::parse)]
     pub disk: Vec<crate::disk::Disk>,
+    /// A CD-ROM drive with this image in it. May be given several times
+    #[arg(long, value_name = "FILE.iso", help_heading = "Disks")]
+    pub cdrom: Vec<PathBuf>,
 
     /// A kernel: Linux bzImage, ELF with a PVH note, or multiboot
     #[arg(long, value_name = "FILE", help_heading = "Boot", conflicts_with_all = ["image", "firmware"])]

@@ -1,9 +1,10 @@
-//! `--disk`: what to open, and how.
+//! `--disk` and `--cdrom`: what to open, and how.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use disks::{Format, Options};
+use vm::DiskBus;
 
 /// What is said of a disk on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,13 +12,15 @@ pub struct Disk {
     path: PathBuf,
     options: Options,
     serial: Option<String>,
+    bus: DiskBus,
 }
 
-/// Reads `PATH[,format=FORMAT][,readonly][,serial=TEXT]`; `,,` is a comma of the path's.
+/// Reads `PATH[,format=FORMAT][,readonly][,serial=TEXT][,bus=BUS]`; `,,` is a comma of the path's.
 pub fn parse(text: &str) -> Result<Disk, String> {
     let mut parts = split(text).into_iter();
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("give the path of an image")?;
-    let mut disk = Disk { path: path.into(), options: Options::default(), serial: None };
+    let mut disk =
+        Disk { path: path.into(), options: Options::default(), serial: None, bus: DiskBus::default() };
     for part in parts {
         match part.split_once('=') {
             None if part == "readonly" => disk.options.read_only = true,
@@ -25,12 +28,17 @@ pub fn parse(text: &str) -> Result<Disk, String> {
             Some(("format", "raw")) => disk.options.format = Some(Format::Raw),
             Some(("format", "qcow2")) => disk.options.format = Some(Format::Qcow2),
             Some(("format", "vmdk")) => disk.options.format = Some(Format::Vmdk),
+            Some(("bus", "virtio")) => disk.bus = DiskBus::Virtio,
+            Some(("bus", "sata")) => disk.bus = DiskBus::Sata,
+            Some(("bus", other)) => {
+                return Err(format!("\"{other}\" is no bus; there are virtio and sata"));
+            }
             Some(("format", other)) => {
                 return Err(format!("\"{other}\" is no format; there are raw, qcow2 and vmdk"));
             }
             _ => {
                 return Err(format!(
-                    "\"{part}\" is not known of disks; there are format=, readonly and serial="
+                    "\"{part}\" is not known of disks; there are format=, readonly, serial= and bus="
                 ));
             }
         }
@@ -57,9 +65,17 @@ fn split(text: &str) -> Vec<String> {
 pub fn open(disks: &[Disk]) -> Result<Vec<vm::Disk>, disks::Error> {
     let open = |(n, disk): (usize, &Disk)| {
         let serial = disk.serial.clone().unwrap_or_else(|| format!("lodge-{n}"));
-        Ok(vm::Disk { image: Arc::new(disks::Disk::open(&disk.path, &disk.options)?), serial })
+        let image = Arc::new(disks::Disk::open(&disk.path, &disk.options)?);
+        Ok(vm::Disk { image, serial, bus: disk.bus })
     };
     disks.iter().enumerate().map(open).collect()
+}
+
+/// Opens what is in CD-ROM drives: images as they are on a CD, which others may read, too.
+pub fn open_cds(paths: &[PathBuf]) -> Result<Vec<Arc<disks::Disk>>, disks::Error> {
+    let options = Options { format: Some(Format::Raw), read_only: true };
+    let open = |path: &PathBuf| Ok(Arc::new(disks::Disk::open(path, &options)?));
+    paths.iter().map(open).collect()
 }
 
 #[cfg(test)]
@@ -68,18 +84,22 @@ mod tests {
 
     #[test]
     fn options_follow_the_path() {
-        let disk = parse("a,,b.img,readonly,format=qcow2,serial=x=y").unwrap();
+        let disk = parse("a,,b.img,readonly,format=qcow2,serial=x=y,bus=sata").unwrap();
         let serial = Some("x=y".to_owned());
         let options = Options { format: Some(Format::Qcow2), read_only: true };
-        let expected = Disk { path: "a,b.img".into(), options, serial };
+        let expected = Disk { path: "a,b.img".into(), options, serial, bus: DiskBus::Sata };
         assert_eq!(disk, expected);
     }
 
     #[test]
     fn what_is_not_known_is_named() {
-        for (text, part) in
-            [("", "path"), ("a,rw", "\"rw\""), ("a,format=iso", "\"iso\""), (",readonly", "path")]
-        {
+        for (text, part) in [
+            ("", "path"),
+            ("a,rw", "\"rw\""),
+            ("a,format=iso", "\"iso\""),
+            ("a,bus=ide", "\"ide\""),
+            (",readonly", "path"),
+        ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }

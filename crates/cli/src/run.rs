@@ -182,6 +182,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         memory,
         boot,
         disks: crate::disk::open(&args.disk)?,
+        cdroms: crate::disk::open_cds(&args.cdrom)?,
         debug_exit: args.debug_exit,
         trace: args.trace.clone(),
     })

@@ -17,9 +17,58 @@ const SESSION: &str = include_str!("guest/session.sh");
 /// The kernel's command line. Without the self-tests of its cryptography, which take half of the start where every
 /// instruction is executed by software, and which a system that keeps no secrets can do without.
 const CMDLINE: &str = "console=ttyS0 quiet cryptomgr.notests";
-/// Drivers of virtual disks, in the order in which they are loaded. Kernels may have them built in.
-const MODULES: [&str; 6] =
-    ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
+/// Drivers of disks: what their folder is called, the module without which the others are of no use, and the modules in the
+/// order in which they are loaded. Kernels may have them built in.
+const DRIVERS: [(&str, &str, &[&str]); 3] = [
+    (
+        "virtio",
+        "virtio_blk",
+        &[
+            "virtio_ring",
+            "virtio",
+            "virtio_pci_legacy_dev",
+            "virtio_pci_modern_dev",
+            "virtio_pci",
+            "virtio_blk",
+        ],
+    ),
+    (
+        "sata",
+        "ahci",
+        &[
+            "scsi_common",
+            "scsi_mod",
+            "libata",
+            "libahci",
+            "ahci",
+            "crct10dif_common",
+            "crct10dif_generic",
+            "crc-t10dif",
+            "crc64",
+            "crc64-rocksoft",
+            "t10-pi",
+            "sd_mod",
+            "cdrom",
+            "sr_mod",
+            "isofs",
+        ],
+    ),
+    (
+        "nvme",
+        "nvme",
+        &[
+            "crct10dif_common",
+            "crct10dif_generic",
+            "crc-t10dif",
+            "crc64",
+            "crc64-rocksoft",
+            "t10-pi",
+            "nvme-auth",
+            "nvme-core",
+            "nvme",
+        ],
+    ),
+];
 /// Kernels fit for a virtual machine, best first, by architecture: Debian's, then Ubuntu's.
 const KERNELS: [(&str, &[&str]); 2] = [
     (
@@ -53,7 +102,7 @@ pub struct Guest {
 pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<Guest, Error> {
     let mut source = Source::new(options)?;
     let patterns: Vec<String> = std::iter::once("boot/vmlinuz-*".to_owned())
-        .chain(MODULES.map(|name| format!("?*/{name}.ko*")))
+        .chain(modules().map(|name| format!("?*/{name}.ko*")))
         .collect();
     let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
     let kernel = match &options.kernel {
@@ -117,6 +166,22 @@ pub fn initramfs(busybox: &[u8]) -> Cpio {
     image
 }
 
+/// The names of all modules, each once.
+fn modules() -> impl Iterator<Item = &'static str> {
+    let all: std::collections::BTreeSet<_> =
+        DRIVERS.iter().flat_map(|(_, _, names)| names.iter().copied()).collect();
+    all.into_iter()
+}
+
+/// The modules of each kind of disk.
+fn drivers(modules: &[PackageFile]) -> impl Iterator<Item = (&'static str, Vec<&PackageFile>)> {
+    let find = |name: &&str| modules.iter().find(|m| m.path.contains(&format!("/{name}.ko")));
+    DRIVERS.iter().filter_map(move |(kind, driver, names)| {
+        find(driver)?;
+        Some((*kind, names.iter().filter_map(find).collect()))
+    })
+}
+
 fn first(files: &PackageFiles) -> Result<&PackageFile, Error> {
     let missing = || Error::NoFile { package: files.package.clone(), file: "that was asked for".to_owned() };
     files.files.first().ok_or_else(missing)
@@ -137,9 +202,12 @@ fn stored_initramfs(
     }
     let program = std::fs::read(&busybox.stored).map_err(Error::cache(&busybox.stored))?;
     let mut image = initramfs(&program);
-    for (n, module) in modules.iter().enumerate() {
-        // By number, for they are loaded in this order.
-        image.file(&format!("lib/modules/{n}.ko"), 0o644, &module.module()?);
+    for (kind, modules) in drivers(modules) {
+        image.dir(&format!("lib/modules/{kind}"), 0o755);
+        for (n, module) in modules.into_iter().enumerate() {
+            // By number, for they are loaded in this order.
+            image.file(&format!("lib/modules/{kind}/{n:02}.ko"), 0o644, &module.module()?);
+        }
     }
     source.store(&key, &busybox.sha256, "initramfs.cpio", &image.finish(), progress)
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use std::time::SystemTime;
 
-use devices::{At, debug, fw_cfg, hpet, pci, pit, pm, reset, rtc, serial, virtio};
+use devices::{At, ahci, debug, fw_cfg, hpet, pci, pit, pm, reset, rtc, serial, virtio};
 use machine::apic::Apics;
 use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
@@ -13,7 +13,7 @@ use machine::{Bus, Clock, Machine, Memory, Power, Registers};
 use x86::cpuid::Cpuid;
 
 use crate::Error;
-use crate::config::{Boot, Config};
+use crate::config::{Boot, Config, DiskBus};
 use crate::console::Console;
 use crate::host::{self, Chosen};
 
@@ -223,10 +223,7 @@ fn plug(
     );
     host.insert(ports)?;
     host.plug(Some(pci::LPC), lpc)?;
-    for disk in &config.disks {
-        let device = virtio::blk::Blk::new(disk.image.clone(), &disk.serial);
-        virtio_function(&host, machine, Arc::new(device))?;
-    }
+    plug_disks(config, &host, machine)?;
     let entropy = virtio::rng::Rng::new().map_err(|source| Error::Host { what: "random bytes", source })?;
     virtio_function(&host, machine, Arc::new(entropy))?;
     if matches!(config.boot, Boot::Kernel { .. }) {
@@ -236,10 +233,37 @@ fn plug(
     Ok(host)
 }
 
+/// The disks and CD-ROM drives, each with its controller.
+fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<(), Error> {
+    let mut sata = Vec::new();
+    for disk in &config.disks {
+        let image = disk.image.clone();
+        match disk.bus {
+            DiskBus::Virtio => {
+                virtio_function(host, machine, Arc::new(virtio::blk::Blk::new(image, &disk.serial)))?;
+            }
+            DiskBus::Sata => sata.push(ahci::Attached::Disk(image, disk.serial.clone())),
+        }
+    }
+    sata.extend(
+        config.cdroms.iter().zip(0..).map(|(cd, n)| ahci::Attached::Cd(cd.clone(), format!("lodge-cd-{n}"))),
+    );
+    match sata.len() {
+        0 => {}
+        1..=ahci::PORTS => {
+            let controller = ahci::Ahci::new(&sata, machine.memory.clone())
+                .map_err(|source| Error::Host { what: "a thread for a device", source })?;
+            host.plug(Some(ahci::ADDRESS), controller)?;
+        }
+        more => return Err(Error::Sata(more)),
+    }
+    Ok(())
+}
+
 /// Puts a virtio device on the PCI bus.
 fn virtio_function(
-    host: &Arc<pci::Host>,
-    machine: &Arc<Machine>,
+    host: &pci::Host,
+    machine: &Machine,
     device: Arc<dyn virtio::Device>,
 ) -> Result<(), Error> {
     let function = virtio::Pci::new(device, machine.memory.clone())

@@ -35,6 +35,16 @@ pub enum Boot {
     Firmware(PathBuf),
 }
 
+/// What connects a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DiskBus {
+    /// virtio-blk: the fastest, for guests that know that they are guests.
+    #[default]
+    Virtio,
+    /// A SATA controller, which every system knows.
+    Sata,
+}
+
 /// A disk of the guest's. It stays open through resets.
 #[derive(Clone, Debug)]
 pub struct Disk {
@@ -42,6 +52,8 @@ pub struct Disk {
     pub image: Arc<disks::Disk>,
     /// The serial number, of which the guest sees 20 bytes.
     pub serial: String,
+    /// What it is connected to.
+    pub bus: DiskBus,
 }
 
 /// A VM's configuration.
@@ -63,6 +75,8 @@ pub struct Config {
     pub boot: Boot,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<Disk>,
+    /// What is in its CD-ROM drives, which are SATA's.
+    pub cdroms: Vec<Arc<disks::Disk>>,
     /// Whether the guest has the debug-exit port 0xf4.
     pub debug_exit: bool,
     /// Where the translate engine writes down what it makes of guest code.

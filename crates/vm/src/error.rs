@@ -20,6 +20,8 @@ pub enum Error {
     Engine { engine: &'static str, reason: String, remedy: String },
     #[error("processor model {model} needs what this host lacks ({}); choose --cpu v2", list(.missing))]
     Model { model: &'static str, missing: Features },
+    #[error("{0} disks and CDs are for the SATA controller, which has 6 ports; give some disks bus=virtio")]
+    Sata(usize),
     #[error("cannot write the trace to {}: {}; give --trace another file", .0.display(), .1)]
     Trace(std::path::PathBuf, std::io::Error),
     #[error(transparent)]
@@ -49,6 +51,7 @@ impl Error {
                 | Self::MemoryOdd(_)
                 | Self::MemoryLarge(..)
                 | Self::Model { .. }
+                | Self::Sata(_)
         )
     }
 }

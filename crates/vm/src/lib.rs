@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use machine::cpu::Stats;
 
-pub use config::{Boot, Choice, Config, Disk};
+pub use config::{Boot, Choice, Config, Disk, DiskBus};
 pub use console::Console;
 pub use error::Error;
 pub use machine::Power;

@@ -288,7 +288,7 @@ impl Config {
         self.settle(&mut state);
     }
 
-    pub(super) fn connect(&self, line: Line, sink: MsiSink) {
+    pub(crate) fn connect(&self, line: Line, sink: MsiSink) {
         // Only the first plug counts.
         let _ = self.wires.set((line, sink));
     }

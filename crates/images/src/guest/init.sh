@@ -8,10 +8,14 @@ busybox mount -t devpts pts /dev/pts
 busybox mount -t tmpfs tmp /tmp
 busybox --install -s
 busybox hostname lodge
-# Drivers, if there is a virtual disk.
-if busybox grep -q 0x1042 /sys/bus/pci/devices/*/device 2>/dev/null; then
-    for module in /lib/modules/*.ko; do
-        [ -f "$module" ] && busybox insmod "$module"
+# Drivers of the disks that there are, by their controllers' device or class.
+load() {
+    busybox grep -q "$1" /sys/bus/pci/devices/*/"$2" 2>/dev/null || return 0
+    for module in "/lib/modules/$3"/*.ko; do
+        [ -f "$module" ] && busybox insmod "$module" 2>/dev/null
     done
-fi
+}
+load 0x1042 device virtio
+load 0x0106 class sata
+load 0x010802 class nvme
 exec busybox init
