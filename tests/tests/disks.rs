@@ -114,6 +114,28 @@ fn sata_disks_and_cds_serve_kernels_without_virtio() {
 }
 
 #[test]
+fn nvme_disks_serve_cloud_kernels() {
+    let scratch = Scratch::new("nvme");
+    for (n, (image, suite, cpus)) in
+        [("tiny", None, "1"), ("tiny:trixie", Some("trixie"), "2")].into_iter().enumerate()
+    {
+        if !available(suite) {
+            continue;
+        }
+        let raw = scratch.file("disk.img", &exercised());
+        let disk = format!("{},bus=nvme,serial=abc", raw.display());
+        let mut command = Command::new(lodge());
+        command.args(["run", image, "--engine", "translate", "--cpus", cpus, "--disk", &disk]);
+        let input = exercise("nvme0n1", 8 + n)
+            + "cat /sys/block/nvme0n1/device/serial; cat /sys/block/nvme0n1/device/queue_count\n";
+        let done = start_with(&mut command, &input).wait(PATIENCE).expect(0);
+        check_exercise(&raw, 8 + n, &done);
+        assert!(done.out.lines().any(|l| l.trim() == "abc"), "{}", done.out);
+        assert!(done.out.lines().any(|l| l == (2 + n).to_string()), "a queue for each vCPU: {}", done.out);
+    }
+}
+
+#[test]
 fn a_disk_outlives_resets_and_may_be_for_reading_only() {
     if !available(None) {
         return;

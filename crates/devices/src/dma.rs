@@ -1,5 +1,7 @@
 //! What controllers do with guest memory: the pieces that a request's data lies in, and a disk's bytes there and back.
 
+use std::sync::atomic::Ordering;
+
 use disks::Disk;
 use memory::Memory;
 use vm_memory::{Bytes, GuestAddress};
@@ -134,6 +136,11 @@ pub fn fetch<const N: usize>(memory: &Memory, at: u64) -> Result<[u8; N], Fault>
 /// Writes bytes at a guest-physical address.
 pub fn store(memory: &Memory, at: u64, bytes: &[u8]) -> Result<(), Fault> {
     memory.guest().write_slice(bytes, GuestAddress(at)).map_err(|_| Fault::Memory)
+}
+
+/// Writes a number whole, after everything that was written before.
+pub fn publish(memory: &Memory, at: u64, value: u32) -> Result<(), Fault> {
+    memory.guest().store(value.to_le(), GuestAddress(at), Ordering::Release).map_err(|_| Fault::Memory)
 }
 
 /// The little-endian number of two bytes at `at`.

@@ -14,6 +14,7 @@ pub mod debug;
 mod dma;
 pub mod fw_cfg;
 pub mod hpet;
+pub mod nvme;
 pub mod pci;
 pub mod pit;
 pub mod pm;

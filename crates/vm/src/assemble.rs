@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use std::time::SystemTime;
 
-use devices::{At, ahci, debug, fw_cfg, hpet, pci, pit, pm, reset, rtc, serial, virtio};
+use devices::{At, ahci, debug, fw_cfg, hpet, nvme, pci, pit, pm, reset, rtc, serial, virtio};
 use machine::apic::Apics;
 use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
@@ -241,6 +241,12 @@ fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<()
         match disk.bus {
             DiskBus::Virtio => {
                 virtio_function(host, machine, Arc::new(virtio::blk::Blk::new(image, &disk.serial)))?;
+            }
+            DiskBus::Nvme => {
+                // A queue for each vCPU.
+                let controller = nvme::Nvme::new(image, &disk.serial, config.cpus, machine.memory.clone())
+                    .map_err(|source| Error::Host { what: "a thread for a device", source })?;
+                host.plug(None, controller)?;
             }
             DiskBus::Sata => sata.push(ahci::Attached::Disk(image, disk.serial.clone())),
         }

@@ -41,6 +41,8 @@ pub enum DiskBus {
     /// virtio-blk: the fastest, for guests that know that they are guests.
     #[default]
     Virtio,
+    /// An NVMe controller of its own, which systems of the last ten years know.
+    Nvme,
     /// A SATA controller, which every system knows.
     Sata,
 }
