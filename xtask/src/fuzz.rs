@@ -22,7 +22,7 @@ pub struct Args {
 }
 
 /// Crates with fuzz targets.
-const CRATES: [&str; 2] = ["crates/boot/fuzz", "crates/images/fuzz"];
+const CRATES: [&str; 3] = ["crates/boot/fuzz", "crates/devices/fuzz", "crates/images/fuzz"];
 
 /// Where libFuzzer's counters come from (its `-fsanitize=fuzzer`), and what a test build checks, too.
 const FLAGS: [&str; 9] = [

@@ -186,6 +186,16 @@ impl Ahci {
         Ok(this)
     }
 
+    /// Does all that there is to do, so that a fuzzer's input always does the same.
+    #[cfg(fuzzing)]
+    pub fn drain(&self) {
+        for n in 0..self.inner.units.len() {
+            while self.inner.has_work(n) {
+                self.inner.step(n);
+            }
+        }
+    }
+
     /// Its registers, and what its devices remember.
     pub fn state(&self) -> Saved<AhciState> {
         let units: Vec<_> = self.inner.units.iter().map(lock).collect();

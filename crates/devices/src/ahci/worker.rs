@@ -50,32 +50,38 @@ impl Inner {
     /// The thread of port `n`, until the controller goes.
     pub(super) fn serve(&self, n: usize) {
         while self.wait(n) {
-            let mut unit = lock(&self.units[n]);
-            let (slot, era, list) = {
-                let mut registers = lock(&self.registers);
-                let port = &mut registers.ports[n];
-                if port.reset {
-                    port.end_reset(&unit.signature());
-                    let _ = self.receive(port, AT_REGISTERS, &unit.signature().registers(false));
-                    registers.check_reset();
-                    self.settle(&mut registers, true);
-                    continue;
-                }
-                let Some(slot) = port.take() else { continue };
-                (slot, port.era, port.list)
-            };
-            let (end, count_at) = match self.fetch(list, slot) {
-                Ok(command) => (self.execute(&mut unit, &command), command.count_at),
-                Err(_) => (End::Broken(is::BUS), 0),
-            };
+            self.step(n);
+        }
+    }
+
+    /// Does the next thing that there is to do at port `n`, if there is any.
+    pub(super) fn step(&self, n: usize) {
+        let mut unit = lock(&self.units[n]);
+        let (slot, era, list) = {
             let mut registers = lock(&self.registers);
             let port = &mut registers.ports[n];
-            if port.era == era {
-                self.finish(port, slot, count_at, &end);
+            if port.reset {
+                port.end_reset(&unit.signature());
+                // Where the host has no room for it, it sees the registers all the same.
+                let _ = self.receive(port, AT_REGISTERS, &unit.signature().registers(false));
+                registers.check_reset();
+                self.settle(&mut registers, true);
+                return;
             }
-            port.idle();
-            self.settle(&mut registers, true);
+            let Some(slot) = port.take() else { return };
+            (slot, port.era, port.list)
+        };
+        let (end, count_at) = match self.fetch(list, slot) {
+            Ok(command) => (self.execute(&mut unit, &command), command.count_at),
+            Err(_) => (End::Broken(is::BUS), 0),
+        };
+        let mut registers = lock(&self.registers);
+        let port = &mut registers.ports[n];
+        if port.era == era {
+            self.finish(port, slot, count_at, &end);
         }
+        port.idle();
+        self.settle(&mut registers, true);
     }
 
     /// Waits for work. False if there will be none any more.
@@ -91,6 +97,13 @@ impl Inner {
             }
             registers = self.wakes[n].wait(registers).unwrap_or_else(|e| e.into_inner());
         }
+    }
+
+    /// Whether port `n` has something to do.
+    #[cfg(fuzzing)]
+    pub(super) fn has_work(&self, n: usize) -> bool {
+        let port = &lock(&self.registers).ports[n];
+        port.reset || port.busy || port.has_work() && self.config.bus_master()
     }
 
     pub(super) fn stop(&self) {

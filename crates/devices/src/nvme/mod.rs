@@ -105,6 +105,19 @@ impl Nvme {
         Ok(this)
     }
 
+    /// Does all that there is to do, so that a fuzzer's input always does the same.
+    #[cfg(fuzzing)]
+    pub fn drain(&self) {
+        let work = |n| {
+            let registers = lock(&self.inner.registers);
+            let command = registers.has_command(n) && self.inner.config.bus_master();
+            registers.busy[n] || command || n == 0 && registers.wants_shutdown()
+        };
+        while let Some(n) = (0..self.inner.turns.len()).find(|&n| work(n)) {
+            self.inner.step(n);
+        }
+    }
+
     /// Its registers and queues.
     pub fn state(&self) -> Saved<NvmeState> {
         let _turns: Vec<_> = self.inner.turns.iter().map(lock).collect();
@@ -204,27 +217,31 @@ impl Inner {
     /// The thread of queue `n`, until the controller goes.
     fn serve(&self, n: usize) {
         while self.wait(n) {
-            let _turn = lock(&self.turns[n]);
-            if n == 0 && lock(&self.registers).wants_shutdown() {
-                // There is nobody to tell if it fails.
-                let _ = self.disk.flush();
-                lock(&self.registers).end_shutdown();
-            }
-            let taken = lock(&self.registers).take(n, &self.memory);
-            let Some(taken) = taken else { continue };
-            let end = if n == 0 { self.administrate(&taken.command) } else { self.perform(&taken.command) };
-            let end = match end {
-                Ok(result) => result.map(|result| (Status::OK, result)),
-                Err(status) => Some((status, 0)),
-            };
-            let mut registers = lock(&self.registers);
-            let vector = registers.finish(n, &taken, end, &self.memory);
-            self.config.set_intx(registers.asks());
-            if let Some(vector) = vector {
-                self.config.notify(vector);
-            }
-            self.wake(&registers);
-            self.idle.notify_all();
+            self.step(n);
         }
+    }
+
+    /// Does the next command of queue `n`, if there is one.
+    fn step(&self, n: usize) {
+        let _turn = lock(&self.turns[n]);
+        if n == 0 && lock(&self.registers).wants_shutdown() {
+            // There is nobody to tell if it fails.
+            let _ = self.disk.flush();
+            lock(&self.registers).end_shutdown();
+        }
+        let Some(taken) = lock(&self.registers).take(n, &self.memory) else { return };
+        let end = if n == 0 { self.administrate(&taken.command) } else { self.perform(&taken.command) };
+        let end = match end {
+            Ok(result) => result.map(|result| (Status::OK, result)),
+            Err(status) => Some((status, 0)),
+        };
+        let mut registers = lock(&self.registers);
+        let vector = registers.finish(n, &taken, end, &self.memory);
+        self.config.set_intx(registers.asks());
+        if let Some(vector) = vector {
+            self.config.notify(vector);
+        }
+        self.wake(&registers);
+        self.idle.notify_all();
     }
 }

@@ -112,7 +112,13 @@ impl Vring {
     }
 
     /// Serves what is there.
-    fn work(&self, n: usize, device: &dyn Device, memory: &Memory, owner: &dyn Owner) -> Result<(), Broken> {
+    pub fn work(
+        &self,
+        n: usize,
+        device: &dyn Device,
+        memory: &Memory,
+        owner: &dyn Owner,
+    ) -> Result<(), Broken> {
         loop {
             // Locked anew for each request, so that a reset need not wait for all.
             let mut queue = lock(&self.queue);

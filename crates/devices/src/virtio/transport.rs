@@ -147,6 +147,18 @@ impl Pci {
         Ok(this)
     }
 
+    /// Does all that there is to do, so that a fuzzer's input always does the same.
+    #[cfg(fuzzing)]
+    pub fn drain(&self) {
+        let inner = &self.inner;
+        let back = Back(Arc::downgrade(inner));
+        for (n, queue) in inner.queues.iter().enumerate() {
+            if queue.work(n, &*inner.device, &inner.memory, &back).is_err() {
+                back.broken();
+            }
+        }
+    }
+
     /// Its registers.
     pub fn state(&self) -> Saved<PciState> {
         let registers = lock(&self.inner.registers).clone();
