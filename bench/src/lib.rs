@@ -3,6 +3,7 @@
 
 pub mod boot;
 pub mod cpu;
+pub mod disk;
 pub mod fuzz;
 pub mod monitor;
 pub mod sequences;

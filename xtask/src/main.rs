@@ -25,7 +25,7 @@ enum Command {
     Test(test::Args),
     /// Build the bare-metal guests that tests run, and the benchmark program
     Guests,
-    /// Figures: cpu, fuzz, sequences, boot, mips (see `cargo xtask bench help`)
+    /// Figures: cpu, disk, fuzz, sequences, boot, mips (see `cargo xtask bench help`)
     Bench {
         /// What to measure, and how
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -33,7 +33,7 @@ enum Command {
     },
     /// Boot stock kernels many times in a row
     Boots(boots::Args),
-    /// Fuzz what reads kernels, packages and the archive's answers, guided by coverage
+    /// Fuzz devices, and what reads kernels, packages and the archive's answers, guided by coverage
     Fuzz(fuzz::Args),
     /// Boot the nested bed, where KVM works on every host, and run Lodge in it
     Nested(nested::Args),
@@ -67,7 +67,7 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
             "mips",
         ]));
     }
-    if args.first().is_some_and(|a| a == "cpu") {
+    if args.first().is_some_and(|a| a == "cpu" || a == "disk") {
         guests::build_work()?;
     }
     sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;

@@ -9,7 +9,11 @@
 //!
 //! or `@@work NAME absent WHY`. The processor time is this process's and that of the children that it has waited for. The
 //! checksum depends on the iterations alone, on no machine.
+//!
+//! `work --disk DEVICE` takes lines for a block device instead, for `cargo xtask bench disk`: `seq-read-1 1000` reads in sequence
+//! for a second, one request at a time; the answer has the bytes of a request in place of a checksum.
 
+mod disk;
 mod float;
 mod integer;
 mod jit;
@@ -67,6 +71,10 @@ fn main() {
             // What `exec` starts.
             "--exit" => return,
             "--list" => return WORKLOADS.iter().for_each(|w| println!("{} {}", w.1, w.0)),
+            "--disk" => match arguments.next() {
+                Some(path) => return take_disk_orders(&path),
+                None => false,
+            },
             "--serve" => {
                 serve = true;
                 true
@@ -111,6 +119,22 @@ fn take_orders() {
         match (find(name), size.trim().parse()) {
             (Some(workload), Ok(size @ 1..)) => measure(workload, size),
             _ => say(&format!("{name} absent no such workload")),
+        }
+    }
+}
+
+/// Does with a block device what is asked for on standard input: `ORDER MILLISECONDS`, see [`disk`].
+fn take_disk_orders(path: &str) {
+    sys::terminal_without_echo();
+    let device = disk::open(path);
+    say("ready");
+    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+        let order = line.split_once(' ').and_then(|(order, time)| Some((order, time.trim().parse().ok()?)));
+        match order
+            .and_then(|(order, time)| disk::run(&device, order, std::time::Duration::from_millis(time)))
+        {
+            Some(answer) => say(&answer),
+            None => say(&format!("{line} absent no such order")),
         }
     }
 }
