@@ -240,7 +240,11 @@ fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<()
         let image = disk.image.clone();
         match disk.bus {
             DiskBus::Virtio => {
-                virtio_function(host, machine, Arc::new(virtio::blk::Blk::new(image, &disk.serial)))?;
+                virtio_function(
+                    host,
+                    machine,
+                    Arc::new(virtio::blk::Blk::new(image, &disk.serial, config.cpus)),
+                )?;
             }
             DiskBus::Nvme => {
                 // A queue for each vCPU.

@@ -8,4 +8,4 @@ use libfuzzer_sys::fuzz_target;
 use lodge_devices_fuzz::disk;
 use lodge_devices_fuzz::virtio::{Input, fuzz};
 
-fuzz_target!(|input: Input| fuzz(Arc::new(Blk::new(disk(), "fuzz")), input));
+fuzz_target!(|input: Input| fuzz(Arc::new(Blk::new(disk(), "fuzz", 2)), input));

@@ -1,7 +1,7 @@
 //! Virtio 1.2 devices on PCI, by the modern transport and split rings. The rings themselves are the crate virtio-queue's.
 //!
-//! A [`Device`] says what it is and serves requests, one at a time for each of its queues; [`Pci`] makes a PCI function of it,
-//! with a thread for each queue. Requests that break the rules put the device in the state "needs reset", and change nothing
+//! A [`Device`] says what it is and serves requests; [`Pci`] makes a PCI function of it, with one or more threads for each
+//! queue. Requests that break the rules put the device in the state "needs reset", and change nothing
 //! else.
 
 pub mod blk;
@@ -41,6 +41,11 @@ pub trait Device: Send + Sync {
 
     /// The largest size of each of its queues, a power of two.
     fn queues(&self) -> &[u16];
+
+    /// How many requests of a queue it serves at once, where that is faster.
+    fn threads(&self) -> usize {
+        1
+    }
 
     /// Its configuration, which drivers only read.
     fn config(&self) -> Vec<u8>;

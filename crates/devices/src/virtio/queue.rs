@@ -1,12 +1,13 @@
-//! A queue with its thread.
+//! A queue with its threads.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
-use memory::Memory;
+use memory::{Guest, Memory};
 use serde::{Deserialize, Serialize};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 
 use super::{Broken, Device};
 use crate::lock;
@@ -26,13 +27,34 @@ pub struct QueueState {
     pub vector: u16,
 }
 
-/// A queue. It is locked for the time of one request, so whoever holds the lock knows that the device touches no memory.
+/// A request that takes longer is worth waking another thread for the next one, which then need not wait for it.
+const SLOW: Duration = Duration::from_micros(50);
+
+/// A queue, served by one or more threads.
 pub struct Vring {
-    queue: Mutex<Queue>,
+    inner: Mutex<Inner>,
+    /// A request has been served.
+    served: Condvar,
     kicked: AtomicBool,
     stopped: AtomicBool,
-    thread: OnceLock<Thread>,
+    /// The last request took long.
+    slow: AtomicBool,
+    /// Helpers that wait for a call, by bits.
+    idle: AtomicU64,
+    /// The first looks for requests when it is kicked, the others when they are called.
+    threads: OnceLock<Vec<Thread>>,
 }
+
+struct Inner {
+    queue: Queue,
+    /// Requests that are being served.
+    under_way: usize,
+    /// Somebody waits until none is: no other is begun.
+    held: usize,
+}
+
+/// Threads of a queue at most.
+const MOST_THREADS: usize = 16;
 
 /// Who looks after a queue's results.
 pub trait Owner: Send + Sync {
@@ -52,62 +74,113 @@ impl Vring {
     pub fn new(size: u16) -> Self {
         let queue = Queue::new(size).expect("sizes of queues are powers of two");
         Self {
-            queue: Mutex::new(queue),
+            inner: Mutex::new(Inner { queue, under_way: 0, held: 0 }),
+            served: Condvar::new(),
             kicked: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
-            thread: OnceLock::new(),
+            slow: AtomicBool::new(false),
+            idle: AtomicU64::new(0),
+            threads: OnceLock::new(),
         }
     }
 
-    /// The queue between two requests.
+    /// The queue's registers, for whoever leaves its requests alone.
     pub fn with<R>(&self, f: impl FnOnce(&mut Queue) -> R) -> R {
-        f(&mut lock(&self.queue))
+        f(&mut lock(&self.inner).queue)
     }
 
-    /// Has the thread look for requests.
+    /// The queue when the device touches no memory for it.
+    pub fn quiet<R>(&self, f: impl FnOnce(&mut Queue) -> R) -> R {
+        let mut inner = lock(&self.inner);
+        inner.held += 1;
+        while inner.under_way > 0 {
+            inner = self.served.wait(inner).unwrap_or_else(|e| e.into_inner());
+        }
+        inner.held -= 1;
+        let result = f(&mut inner.queue);
+        drop(inner);
+        self.kick();
+        result
+    }
+
+    /// Has a thread look for requests.
     pub fn kick(&self) {
         if !self.kicked.swap(true, Ordering::SeqCst)
-            && let Some(thread) = self.thread.get()
+            && let Some(threads) = self.threads.get()
         {
-            thread.unpark();
+            threads[0].unpark();
         }
     }
 
-    /// Starts the thread that serves the queue, number `n` of `device`.
+    /// Starts the threads that serve the queue, number `n` of `device`.
     ///
     /// # Errors
     /// The host gives no thread.
     pub fn start(
         self: &Arc<Self>,
         n: usize,
-        device: Arc<dyn Device>,
-        memory: Memory,
-        owner: Arc<dyn Owner>,
-    ) -> std::io::Result<JoinHandle<()>> {
-        let this = self.clone();
-        let handle =
-            std::thread::Builder::new().name(format!("virtio{}-{n}", device.kind())).spawn(move || {
-                while !this.stopped.load(Ordering::SeqCst) {
-                    if !this.kicked.swap(false, Ordering::SeqCst) {
-                        std::thread::park();
-                        continue;
-                    }
+        device: &Arc<dyn Device>,
+        memory: &Memory,
+        owner: &Arc<dyn Owner>,
+    ) -> std::io::Result<Vec<JoinHandle<()>>> {
+        let start = |thread: usize| {
+            let (this, device, memory, owner) = (self.clone(), device.clone(), memory.clone(), owner.clone());
+            let name = format!("virtio{}-{n}.{thread}", device.kind());
+            std::thread::Builder::new().name(name).spawn(move || {
+                while this.wait(thread) {
                     if this.work(n, &*device, &memory, &*owner).is_err() {
                         owner.broken();
                     }
                 }
-            })?;
+            })
+        };
+        let mut handles = Vec::new();
+        for thread in 0..device.threads().clamp(1, MOST_THREADS) {
+            handles.push(start(thread).inspect_err(|_| self.stopped.store(true, Ordering::SeqCst))?);
+        }
         // Started once.
-        let _ = self.thread.set(handle.thread().clone());
+        let _ = self.threads.set(handles.iter().map(|handle| handle.thread().clone()).collect());
         self.kick();
-        Ok(handle)
+        Ok(handles)
     }
 
-    /// Has the thread end after the request at hand.
+    /// Has the threads end after the requests at hand.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.thread.get() {
-            thread.unpark();
+        self.threads.get().into_iter().flatten().for_each(Thread::unpark);
+    }
+
+    /// Waits until there may be work for a thread. False if there will be none any more.
+    fn wait(&self, thread: usize) -> bool {
+        loop {
+            if self.stopped.load(Ordering::SeqCst) {
+                return false;
+            }
+            if thread == 0 {
+                if self.kicked.swap(false, Ordering::SeqCst) {
+                    return true;
+                }
+                std::thread::park();
+            } else {
+                let bit = 1 << thread;
+                self.idle.fetch_or(bit, Ordering::SeqCst);
+                std::thread::park();
+                if self.idle.fetch_and(!bit, Ordering::SeqCst) & bit == 0 {
+                    return true;
+                }
+            }
+        }
+    }
+
+    /// Wakes a thread that has nothing to do.
+    fn call_helper(&self) {
+        let idle = self.idle.load(Ordering::SeqCst);
+        let first = idle & idle.wrapping_neg();
+        if idle != 0
+            && self.idle.fetch_and(!first, Ordering::SeqCst) & first != 0
+            && let Some(threads) = self.threads.get()
+        {
+            threads[first.trailing_zeros() as usize].unpark();
         }
     }
 
@@ -119,35 +192,60 @@ impl Vring {
         memory: &Memory,
         owner: &dyn Owner,
     ) -> Result<(), Broken> {
+        let guest = memory.guest();
         loop {
             // Locked anew for each request, so that a reset need not wait for all.
-            let mut queue = lock(&self.queue);
-            if !owner.is_running() || !queue.ready() || self.stopped.load(Ordering::SeqCst) {
+            let mut inner = lock(&self.inner);
+            let ready = owner.is_running() && inner.queue.ready() && inner.held == 0;
+            if !ready || self.stopped.load(Ordering::SeqCst) {
                 return Ok(());
             }
-            let guest = memory.guest();
-            let chain = queue.iter(guest).map_err(|_| Broken)?.next();
+            let chain = inner.queue.iter(guest).map_err(|_| Broken)?.next();
             let Some(chain) = chain else {
-                queue.enable_notification(guest).map_err(|_| Broken)?;
+                inner.queue.enable_notification(guest).map_err(|_| Broken)?;
                 // The driver's own barrier may have been dropped.
                 memory::order_threads();
-                if queue.avail_idx(guest, Ordering::Acquire).map_err(|_| Broken)?.0 == queue.next_avail() {
+                if available(&inner.queue, memory)? == 0 {
                     return Ok(());
                 }
                 continue;
             };
-            queue.disable_notification(guest).map_err(|_| Broken)?;
-            let head = chain.head_index();
-            let request = chain.clone().reader(guest).map_err(|_| Broken)?;
-            let answer = chain.writer(guest).map_err(|_| Broken)?;
-            let written = device.serve(n, request, answer)?;
-            queue.add_used(guest, head, written as u32).map_err(|_| Broken)?;
+            inner.queue.disable_notification(guest).map_err(|_| Broken)?;
+            if self.slow.load(Ordering::Relaxed) && available(&inner.queue, memory)? > 0 {
+                self.call_helper();
+            }
+            inner.under_way += 1;
+            drop(inner);
+            let begun = Instant::now();
+            let served = serve(n, &chain, device, memory);
+            self.slow.store(begun.elapsed() > SLOW, Ordering::Relaxed);
+            let mut inner = lock(&self.inner);
+            inner.under_way -= 1;
+            self.served.notify_all();
+            inner.queue.add_used(guest, chain.head_index(), served? as u32).map_err(|_| Broken)?;
             memory::order_threads();
-            let tell = queue.needs_notification(guest).map_err(|_| Broken)?;
-            drop(queue);
+            let tell = inner.queue.needs_notification(guest).map_err(|_| Broken)?;
+            drop(inner);
             if tell {
                 owner.served(n);
             }
         }
     }
+}
+
+/// Requests that wait.
+fn available(queue: &Queue, memory: &Memory) -> Result<u16, Broken> {
+    let index = queue.avail_idx(memory.guest(), Ordering::Acquire).map_err(|_| Broken)?;
+    Ok(index.0.wrapping_sub(queue.next_avail()))
+}
+
+fn serve(
+    n: usize,
+    chain: &DescriptorChain<&Guest>,
+    device: &dyn Device,
+    memory: &Memory,
+) -> Result<usize, Broken> {
+    let request = chain.clone().reader(memory.guest()).map_err(|_| Broken)?;
+    let answer = chain.clone().writer(memory.guest()).map_err(|_| Broken)?;
+    device.serve(n, request, answer)
 }

@@ -1,13 +1,14 @@
 //! A driver by hand, well-behaved and not.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use machine::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::blk::Blk;
-use super::{Device, Pci};
+use super::{Broken, Device, In, Out, Pci};
 use crate::pci::Function;
 
 const DESCRIPTORS: u64 = 0x1_0000;
@@ -27,7 +28,7 @@ struct Driver {
     pci: Arc<Pci>,
     memory: Memory,
     requests: u16,
-    _file: tempfile::NamedTempFile,
+    _file: Option<tempfile::NamedTempFile>,
 }
 
 impl Driver {
@@ -38,7 +39,10 @@ impl Driver {
         let options = disks::Options { format: Some(disks::Format::Raw), read_only: false };
         let disk = Arc::new(disks::Disk::open(file.path(), &options).unwrap());
         let memory = Memory::new(4 << 20, 0).unwrap();
-        let device: Arc<dyn Device> = Arc::new(Blk::new(disk, "test"));
+        Self::of(Arc::new(Blk::new(disk, "test", 2)), memory, Some(file))
+    }
+
+    fn of(device: Arc<dyn Device>, memory: Memory, file: Option<tempfile::NamedTempFile>) -> Self {
         let pci = Pci::new(device, memory.clone()).unwrap();
         // Memory and bus master.
         pci.config().set(4, &[6]);
@@ -268,4 +272,79 @@ fn its_state_goes_from_one_to_another() {
     other.requests = 1;
     other.pci.set_state(&serde_json::from_str(&state).unwrap());
     assert_eq!(other.request(0, 0, 512, false), Some(0));
+}
+
+#[test]
+fn a_disk_has_queues_that_work_each_by_itself() {
+    let mut d = Driver::ready();
+    assert_eq!((d.read(0x12, 2), d.pci.read_bar(0, CONFIG + 34, 2)), (2, 2));
+    assert_eq!(d.request(0, 0, 512, false), Some(0));
+    // The second one, with its rings elsewhere, and the same request.
+    let place = 0x4_0000;
+    d.write(0x16, 2, 1);
+    for (at, address) in [(0x20, DESCRIPTORS), (0x28, place), (0x30, place + 0x1000)] {
+        d.write(at, 8, address);
+    }
+    d.write(0x1c, 2, 1);
+    d.put(place + 2, 1u16);
+    d.pci.write_bar(0, NOTIFY + 4, 2, 1);
+    let patience = Instant::now() + Duration::from_secs(20);
+    while d.get::<u16>(place + 0x1002) != 1 {
+        assert!(Instant::now() < patience, "the second queue is not served");
+        std::thread::yield_now();
+    }
+}
+
+/// A device whose first request takes a while, and whose others wait for each other.
+struct Pairs {
+    first: AtomicBool,
+    meet: (Mutex<u32>, Condvar),
+}
+
+impl Device for Pairs {
+    fn kind(&self) -> u16 {
+        2
+    }
+    fn class(&self) -> u32 {
+        0x01_8000
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queues(&self) -> &[u16] {
+        &[256]
+    }
+    fn threads(&self) -> usize {
+        2
+    }
+    fn config(&self) -> Vec<u8> {
+        vec![]
+    }
+    fn serve(&self, _: usize, _: In<'_>, _: Out<'_>) -> Result<usize, Broken> {
+        if self.first.swap(false, Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+            return Ok(0);
+        }
+        let mut here = self.meet.0.lock().unwrap();
+        *here += 1;
+        self.meet.1.notify_all();
+        let patience = Duration::from_secs(20);
+        let (here, _) = self.meet.1.wait_timeout_while(here, patience, |here| *here < 2).unwrap();
+        if *here < 2 { Err(Broken) } else { Ok(0) }
+    }
+}
+
+#[test]
+fn slow_requests_are_served_side_by_side() {
+    let device = Pairs { first: AtomicBool::new(true), meet: Default::default() };
+    let mut d = Driver::of(Arc::new(device), Memory::new(4 << 20, 0).unwrap(), None);
+    d.enable(256);
+    d.status(15);
+    d.descriptor(0, DATA, 16, 0, 0);
+    assert!(d.offer());
+    for n in [1, 2] {
+        d.put(AVAILABLE + 4 + 2 * n, 0u16);
+    }
+    d.requests = 2;
+    assert!(d.offer(), "neither waits for the other in vain");
 }

@@ -140,9 +140,9 @@ impl Pci {
         });
         let this = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         for (n, queue) in inner.queues.iter().enumerate() {
-            let owner = Arc::new(Back(Arc::downgrade(&inner)));
-            let thread = queue.start(n, inner.device.clone(), memory.clone(), owner)?;
-            lock(&this.threads).push(thread);
+            let owner: Arc<dyn Owner> = Arc::new(Back(Arc::downgrade(&inner)));
+            let threads = queue.start(n, &inner.device, &memory, &owner)?;
+            lock(&this.threads).extend(threads);
         }
         Ok(this)
     }
@@ -163,7 +163,7 @@ impl Pci {
     pub fn state(&self) -> Saved<PciState> {
         let registers = lock(&self.inner.registers).clone();
         let queues = self.inner.queues.iter().zip(&registers.vectors);
-        let queues = queues.map(|(q, &vector)| q.with(|q| queue_state(q, vector))).collect();
+        let queues = queues.map(|(q, &vector)| q.quiet(|q| queue_state(q, vector))).collect();
         Saved::V1(PciState { registers, isr: self.inner.isr.load(Ordering::SeqCst), queues })
     }
 
@@ -178,7 +178,7 @@ impl Pci {
         registers.features &= offered;
         for (n, (queue, from)) in inner.queues.iter().zip(&state.queues).enumerate() {
             registers.vectors[n] = from.vector;
-            queue.with(|q| set_queue_state(q, from, registers.features));
+            queue.quiet(|q| set_queue_state(q, from, registers.features));
         }
         inner.isr.store(state.isr, Ordering::SeqCst);
         inner.run_if_ready(&registers);
@@ -433,7 +433,7 @@ impl Inner {
         if value == 0 {
             self.running.store(false, Ordering::SeqCst);
             // Whoever serves a request finishes it first.
-            self.queues.iter().for_each(|q| q.with(|q| q.reset()));
+            self.queues.iter().for_each(|q| q.quiet(|q| q.reset()));
             *r = Registers::new(self.queues.len());
             self.isr.store(0, Ordering::SeqCst);
             self.config.set_intx(false);

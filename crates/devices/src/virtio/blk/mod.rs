@@ -17,6 +17,10 @@ const SEGMENTS: u32 = 64;
 /// Sectors of such a segment at most: 1 GiB.
 const MOST_SECTORS: u32 = 1 << 21;
 const QUEUE: u16 = 256;
+/// Queues at most.
+pub const MOST_QUEUES: u32 = 16;
+/// Requests that are served at once at least, over all queues.
+const AT_ONCE: usize = 4;
 /// Bytes of a request's header, of a segment, and of the name.
 const HEADER: usize = 16;
 const NAME: usize = b::VIRTIO_BLK_ID_BYTES as usize;
@@ -26,6 +30,8 @@ const NAME: usize = b::VIRTIO_BLK_ID_BYTES as usize;
 pub struct Blk {
     disk: Arc<Disk>,
     name: [u8; NAME],
+    /// The sizes of its queues.
+    queues: Vec<u16>,
 }
 
 /// What a request came to.
@@ -36,11 +42,12 @@ enum Status {
 }
 
 impl Blk {
-    /// A device with the contents of `disk`, and the serial number `name`, of which the guest sees 20 bytes.
-    pub fn new(disk: Arc<Disk>, name: &str) -> Self {
+    /// A device with the contents of `disk`, and the serial number `name`, of which the guest sees 20 bytes; it has so many
+    /// queues, 1 to [`MOST_QUEUES`].
+    pub fn new(disk: Arc<Disk>, name: &str, queues: u32) -> Self {
         let mut bytes = [0; NAME];
         bytes.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
-        Self { disk, name: bytes }
+        Self { disk, name: bytes, queues: vec![QUEUE; queues.clamp(1, MOST_QUEUES) as usize] }
     }
 
     /// Where `bytes` from `sector` on lie, if they do.
@@ -125,7 +132,12 @@ impl Device for Blk {
     }
 
     fn features(&self) -> u64 {
-        let mut bits = vec![b::VIRTIO_BLK_F_SEG_MAX, b::VIRTIO_BLK_F_BLK_SIZE, b::VIRTIO_BLK_F_FLUSH];
+        let mut bits = vec![
+            b::VIRTIO_BLK_F_SEG_MAX,
+            b::VIRTIO_BLK_F_BLK_SIZE,
+            b::VIRTIO_BLK_F_FLUSH,
+            b::VIRTIO_BLK_F_MQ,
+        ];
         if self.disk.is_read_only() {
             bits.push(b::VIRTIO_BLK_F_RO);
         } else {
@@ -135,7 +147,11 @@ impl Device for Blk {
     }
 
     fn queues(&self) -> &[u16] {
-        &[QUEUE]
+        &self.queues
+    }
+
+    fn threads(&self) -> usize {
+        AT_ONCE.div_ceil(self.queues.len())
     }
 
     fn config(&self) -> Vec<u8> {
@@ -145,7 +161,7 @@ impl Device for Blk {
         // Descriptors of a full queue less the header and the status.
         put(12, &u32::from(QUEUE - 2).to_le_bytes());
         put(20, &(SECTOR as u32).to_le_bytes());
-        put(34, &1u16.to_le_bytes());
+        put(34, &(self.queues.len() as u16).to_le_bytes());
         // Of discards, then of zeroes: sectors, segments.
         put(36, &MOST_SECTORS.to_le_bytes());
         put(40, &SEGMENTS.to_le_bytes());
