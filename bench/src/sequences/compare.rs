@@ -153,6 +153,30 @@ pub fn trace(
     point: Option<&(Point, u32)>,
     show: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Trace> {
+    follow(side, case, image, point, 0, show)
+}
+
+/// Runs the case on the reference engine as [`trace`] does, with the other choice for those of `flags` that an instruction
+/// leaves undefined.
+pub fn run_otherwise(
+    side: &mut Side,
+    case: &Case,
+    image: &[u8],
+    point: Option<&(Point, u32)>,
+    flags: u64,
+) -> anyhow::Result<Outcome> {
+    follow(side, case, image, point, flags, &mut |_| {})?;
+    side.run()
+}
+
+fn follow(
+    side: &mut Side,
+    case: &Case,
+    image: &[u8],
+    point: Option<&(Point, u32)>,
+    otherwise: u64,
+    show: &mut dyn FnMut(&str),
+) -> anyhow::Result<Trace> {
     side.prepare(case, image)?;
     let mut trace = Trace::default();
     let mut left = point.map(|p| p.1);
@@ -180,7 +204,12 @@ pub fn trace(
         if side.step().is_some() {
             break;
         }
-        let after = side.cpu().state()?;
+        let mut after = side.cpu().state()?;
+        let flips = undefined(&i) & otherwise;
+        if flips != 0 && inside(state.rip) == inside(after.rip) {
+            after.rflags ^= flips;
+            side.cpu().set_state(&after)?;
+        }
         untold = changed(&entries, &side.entries());
         // Nor does a change of CR3 tell it of pages that are global.
         trace.remapped |= state.cr3 != after.cr3 && case.pages.iter().any(|entry| entry & entry::G != 0);
