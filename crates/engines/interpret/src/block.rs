@@ -1,8 +1,7 @@
 //! Decoded blocks, cached by where their code lies in guest memory.
 
-use std::collections::HashMap;
-
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl};
+use rustc_hash::FxHashMap;
 use x86::Exception;
 use x86::cpuid::Vendor;
 
@@ -53,31 +52,10 @@ pub struct Cache {
     blocks: Vec<Block>,
     /// Blocks by where execution came to, so that most need not be looked up by where they lie in memory.
     jumps: Box<[Jump; JUMPS]>,
-    index: HashMap<u64, Id, Hashing>,
+    index: FxHashMap<u64, Id>,
     ops: usize,
     /// A block whose code does not lie in memory, or that is to be looked at only once.
     single: Option<Block>,
-}
-
-type Hashing = std::hash::BuildHasherDefault<Mix>;
-
-/// Multiplies, as good as needed for offsets that the guest chooses only by where its code is; growth is bounded.
-#[derive(Default)]
-pub struct Mix(u64);
-
-impl std::hash::Hasher for Mix {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for &b in bytes {
-            self.write_u64(b.into());
-        }
-    }
-    fn write_u64(&mut self, n: u64) {
-        let m = (self.0 ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = m ^ m >> 32;
-    }
 }
 
 /// The block that is not in the cache.
@@ -93,7 +71,7 @@ impl Default for Cache {
         Self {
             blocks: Vec::new(),
             jumps: Box::new([Jump::default(); JUMPS]),
-            index: HashMap::default(),
+            index: FxHashMap::default(),
             ops: 0,
             single: None,
         }

@@ -69,9 +69,24 @@ fn destination(c: &mut Core, op: &Op, size: u64, write: bool) -> Result<u64> {
     c.linear(ES, c.r[RDI] & mask(op), size, write)
 }
 
-/// How many forward iterations stay in one page from `linear` on.
-fn in_page(linear: u64, size: u64) -> u64 {
-    (0x1000 - (linear & 0xfff)) / size
+/// The linear address that a register holds, if a run from there within its page needs no more checks: in a flat segment.
+fn run_from(c: &mut Core, op: &Op, reg: usize, segment: u8, write: bool) -> Option<u64> {
+    let at = c.r[reg] & mask(op);
+    match (c.bits, op.address_size) {
+        (64, 8) => c.linear(segment, at, 1, write).ok(),
+        (32, 4) => (c.flat >> segment >> (8 * u32::from(write)) & 1 != 0).then_some(at),
+        _ => None,
+    }
+}
+
+/// How many iterations stay in one page, the first being at `linear`.
+fn in_page(c: &Core, linear: u64, size: u64) -> u64 {
+    let to_end = 0x1000 - (linear & 0xfff);
+    match c.rflags & x86::flags::DF != 0 {
+        true if to_end < size => 0,
+        true => (linear & 0xfff) / size + 1,
+        false => to_end / size,
+    }
 }
 
 impl<T: Word> Body<T> for Movs {
@@ -84,26 +99,29 @@ impl<T: Word> Body<T> for Movs {
         Ok(true)
     }
 
-    /// Within a page of RAM on both sides, in the instruction's order but for overlaps closer than eight bytes.
+    /// Within a page of RAM on both sides: forward, overlaps must be no closer than eight bytes for the instruction's order;
+    /// backward, there must be none.
     fn bulk(c: &mut Core, op: &Op, count: u64) -> u64 {
-        if c.bits != 64 || op.address_size != 8 || c.rflags & x86::flags::DF != 0 {
-            return 0;
-        }
-        let Ok(from) = c.linear(op.segment, c.r[RSI], 1, false) else { return 0 };
-        let to = c.r[RDI];
-        let n = count.min(in_page(from, T::SIZE)).min(in_page(to, T::SIZE));
+        let Some(from) = run_from(c, op, RSI, op.segment, false) else { return 0 };
+        let Some(to) = run_from(c, op, RDI, ES, true) else { return 0 };
+        let n = count.min(in_page(c, from, T::SIZE)).min(in_page(c, to, T::SIZE));
         let (source, target) = (c.tlb.entry(c.bank, from), c.tlb.entry(c.bank, to));
         if n * T::SIZE < 16 || source.read != from & !0xfff || target.write != to & !0xfff {
             return 0;
         }
-        let (a, b) = (source.offset | from & 0xfff, target.offset | to & 0xfff);
-        if b.wrapping_sub(a) < 8 {
+        let (mut a, mut b) = (source.offset | from & 0xfff, target.offset | to & 0xfff);
+        let bytes = n * T::SIZE;
+        if c.rflags & x86::flags::DF != 0 {
+            (a, b) = (a + T::SIZE - bytes, b + T::SIZE - bytes);
+            if a.abs_diff(b) < bytes {
+                return 0;
+            }
+        } else if b.wrapping_sub(a) < 8 {
             return 0;
         }
-        let bytes = n * T::SIZE;
         c.hit |= c.memory.copy(a, b, bytes);
-        c.r[RSI] = c.r[RSI].wrapping_add(bytes);
-        c.r[RDI] = c.r[RDI].wrapping_add(bytes);
+        advance(c, op, RSI, bytes);
+        advance(c, op, RDI, bytes);
         n
     }
 }
@@ -117,11 +135,11 @@ impl<T: Word> Body<T> for Stos {
     }
 
     fn bulk(c: &mut Core, op: &Op, count: u64) -> u64 {
-        if c.bits != 64 || op.address_size != 8 || c.rflags & x86::flags::DF != 0 {
+        let Some(to) = run_from(c, op, RDI, ES, true) else { return 0 };
+        if c.rflags & x86::flags::DF != 0 {
             return 0;
         }
-        let to = c.r[RDI];
-        let n = count.min(in_page(to, T::SIZE));
+        let n = count.min(in_page(c, to, T::SIZE));
         let target = c.tlb.entry(c.bank, to);
         if n * T::SIZE < 16 || target.write != to & !0xfff {
             return 0;
@@ -142,7 +160,7 @@ impl<T: Word> Body<T> for Stos {
             hit |= c.memory.store(b + i * T::SIZE, v);
         }
         c.hit |= hit;
-        c.r[RDI] = c.r[RDI].wrapping_add(bytes);
+        advance(c, op, RDI, bytes);
         n
     }
 }

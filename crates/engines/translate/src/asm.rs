@@ -54,7 +54,7 @@ pub struct Asm {
 impl Asm {
     /// Nothing yet.
     pub fn new(base: u64) -> Self {
-        Self { code: Vec::with_capacity(1024), base }
+        Self { code: Vec::new(), base }
     }
 
     /// Bytes so far.

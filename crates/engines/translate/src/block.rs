@@ -145,22 +145,57 @@ pub enum Flags {
 }
 
 /// A rewritten block.
+#[derive(Default)]
 pub struct Output {
     pub code: Vec<u8>,
     pub marks: Vec<Mark>,
     pub sites: Vec<Site>,
     /// Guest instructions for the reference engine.
     pub ops: Vec<interpret::op::Op>,
-    /// Guest instructions in all.
-    pub instructions: u32,
-    /// Their bytes.
-    pub guest: Vec<u8>,
+    /// All guest instructions.
+    pub instructions: Vec<Instruction>,
+}
+
+/// What builders use one after the other: memory, above all.
+pub struct Tools {
+    encoder: Encoder,
+    info: InstructionInfoFactory,
+    helpers: Vec<bool>,
+    live: Vec<u32>,
+    cold: Vec<Cold>,
+    plan: Plan,
+    output: Output,
+}
+
+impl Tools {
+    /// New ones.
+    pub fn new() -> Self {
+        Self {
+            encoder: Encoder::new(64),
+            info: InstructionInfoFactory::new(),
+            helpers: Vec::new(),
+            live: Vec::new(),
+            cold: Vec::new(),
+            plan: Plan::default(),
+            output: Output::default(),
+        }
+    }
+
+    /// Takes back what a block was described with.
+    pub fn take_back(&mut self, mut output: Output) {
+        output.code.clear();
+        output.marks.clear();
+        output.sites.clear();
+        output.ops.clear();
+        output.instructions.clear();
+        self.output = output;
+    }
 }
 
 /// What comes after the block's code, out of the way.
 pub enum Cold {
     /// Leave at a site.
-    Leave { from: Vec<Fixup>, site: usize },
+    Leave { from: Fixup, site: usize },
     /// An access that is not aligned, which is well unless it crosses a page.
     Misaligned { from: Fixup, back: u64, size: u32, site: usize },
     /// A jump out of the page.
@@ -196,18 +231,18 @@ pub struct Builder<'a, 'p> {
     pub a: Asm,
     pub page: Page<'p>,
     pub start: u16,
-    pub encoder: Encoder,
-    pub info: InstructionInfoFactory,
+    pub encoder: &'p mut Encoder,
+    pub info: &'p mut InstructionInfoFactory,
     pub marks: Vec<Mark>,
     pub sites: Vec<Site>,
-    pub cold: Vec<Cold>,
+    pub cold: &'p mut Vec<Cold>,
     pub ops: Vec<interpret::op::Op>,
     pub flags: Flags,
     /// Status flags that are needed before, and after, the instruction at hand.
     pub live: u32,
     pub live_after: u32,
     pub guest: u16,
-    plan: Plan,
+    plan: &'p mut Plan,
     /// Number of the instruction at hand, and of its next access.
     number: usize,
     access: usize,
@@ -221,36 +256,37 @@ pub struct Builder<'a, 'p> {
 
 impl<'a, 'p> Builder<'a, 'p> {
     /// Rewrites the block at `start` of `page` into code for the host address `base`.
-    pub fn build(c: Context<'a>, page: Page<'p>, start: u16, base: u64) -> Output {
+    pub fn build(c: Context<'a>, page: Page<'p>, start: u16, base: u64, tools: &'p mut Tools) -> Output {
+        let Tools { encoder, info, helpers, live, cold, plan, output } = tools;
+        let Output { code, marks, sites, ops, mut instructions } = std::mem::take(output);
         let mut b = Self {
             c,
-            a: Asm::new(base),
+            a: Asm { code, base },
             page,
             start,
-            encoder: Encoder::new(64),
-            info: InstructionInfoFactory::new(),
-            marks: Vec::with_capacity(32),
-            sites: Vec::with_capacity(16),
-            cold: Vec::with_capacity(16),
-            ops: Vec::new(),
+            encoder,
+            info,
+            marks,
+            sites,
+            cold,
+            ops,
             flags: Flags::Dead,
             live: 0,
             live_after: 0,
             guest: start,
-            plan: Plan::default(),
+            plan,
             number: 0,
             access: 0,
             owner: None,
             crossing: None,
             align: 0,
         };
-        let (instructions, whole) = b.decode();
-        let helpers: Vec<bool> = instructions.iter().map(|i| b.is_helper(i)).collect();
-        let live = b.liveness(&instructions, &helpers);
-        if b.c.mode.0 & Mode::SOLO == 0 {
-            let mut info = InstructionInfoFactory::new();
-            b.plan = Plan::new(&instructions, &helpers, b.c.mode, &mut info);
-        }
+        let whole = b.decode(&mut instructions);
+        helpers.clear();
+        helpers.extend(instructions.iter().map(|i| b.is_helper(i)));
+        b.liveness(&instructions, helpers, live);
+        let planned = if b.c.mode.0 & Mode::SOLO == 0 { &instructions[..] } else { &[] };
+        b.plan.make(planned, helpers, b.c.mode, b.info);
         if live[0] != 0 {
             b.flags = Flags::Memory;
         }
@@ -285,37 +321,30 @@ impl<'a, 'p> Builder<'a, 'p> {
             }
         }
         b.finish_cold();
-        let guest = instructions.iter().flat_map(|i| b.page.bytes(i).iter().copied()).collect();
-        Output {
-            code: b.a.code,
-            marks: b.marks,
-            sites: b.sites,
-            ops: b.ops,
-            instructions: instructions.len() as u32,
-            guest,
-        }
+        Output { code: b.a.code, marks: b.marks, sites: b.sites, ops: b.ops, instructions }
     }
 
-    /// The block's instructions, and whether it ends for its length and not for what comes next.
-    fn decode(&mut self) -> (Vec<Instruction>, bool) {
-        let mut out = Vec::with_capacity(16);
+    /// The block's instructions. Tells whether it ends for its length and not for what comes next.
+    fn decode(&mut self, out: &mut Vec<Instruction>) -> bool {
         let mut at = u64::from(self.start);
         let most = if self.c.alone { 1 } else { LENGTH };
-        while out.len() < most {
-            let next = u16::try_from(at).ok().and_then(|a| self.page.decode(a));
-            let Some(i) = next.filter(|i| !i.is_invalid()) else { return (out, at >= 0x1000) };
+        let mut valid = true;
+        let end = self.page.decode(at, |i| {
+            valid = !i.is_invalid();
+            if !valid {
+                return false;
+            }
             at = i.next_ip();
             out.push(i);
-            if !matches!(i.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch) {
-                break;
-            }
-        }
-        (out, true)
+            out.len() < most && matches!(i.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch)
+        });
+        at >= 0x1000 || valid && end == decode::End::Enough
     }
 
     /// Status flags needed before each instruction, and after the last.
-    fn liveness(&mut self, instructions: &[Instruction], helpers: &[bool]) -> Vec<u32> {
-        let mut live = vec![STATUS; instructions.len() + 1];
+    fn liveness(&mut self, instructions: &[Instruction], helpers: &[bool], live: &mut Vec<u32>) {
+        live.clear();
+        live.resize(instructions.len() + 1, STATUS);
         for (n, i) in instructions.iter().enumerate().rev() {
             let mut after = live[n + 1];
             if self.c.alone {
@@ -329,7 +358,6 @@ impl<'a, 'p> Builder<'a, 'p> {
             let all = helpers[n] || self.c.all_flags && decode::may_fault(i);
             live[n] = if all { STATUS } else { after & !decode::writes(i) | decode::reads(i) };
         }
-        live
     }
 
     /// Status flags needed at a branch's target.
@@ -586,9 +614,9 @@ impl<'a, 'p> Builder<'a, 'p> {
         let skip = (place.disp - member.start) as u16;
         let kind = Kind::Group { write, align: self.align, skip, span: span as u16 };
         let site = self.site(kind, self.guest, retry);
-        self.cold.push(Cold::Leave { from: vec![missing], site });
+        self.cold.push(Cold::Leave { from: missing, site });
         let site = self.site(Kind::Cross, self.guest, self.a.base + crosses.0 as u64);
-        self.cold.push(Cold::Leave { from: vec![crosses], site });
+        self.cold.push(Cold::Leave { from: crosses, site });
         self.a.store(frame(member.slot), reg::U);
         self.owner = Some(member.group);
         self.flags_lost();
@@ -612,7 +640,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         let missing = self.a.jump_if(cc::Z);
         let kind = Kind::Access { size: size as u8, write, align: self.align };
         let site = self.site(kind, self.guest, retry);
-        self.cold.push(Cold::Leave { from: vec![missing], site });
+        self.cold.push(Cold::Leave { from: missing, site });
         let operand = if size >= 16 {
             // Vectors are often not aligned.
             self.a.add64(reg::U, reg::T);
@@ -620,7 +648,7 @@ impl<'a, 'p> Builder<'a, 'p> {
             self.a.cmp_imm32(reg::T, 0x1000 - size);
             let crosses = self.a.jump_if(cc::A);
             let site = self.site(Kind::Instruction, self.guest, 0);
-            self.cold.push(Cold::Leave { from: vec![crosses], site });
+            self.cold.push(Cold::Leave { from: crosses, site });
             self.crossing = Some(site);
             based(reg::U, 0)
         } else {
@@ -657,7 +685,7 @@ impl<'a, 'p> Builder<'a, 'p> {
         while let Some(cold) = self.cold.pop() {
             match cold {
                 Cold::Leave { from, site } => {
-                    from.into_iter().for_each(|f| self.a.bind(f));
+                    self.a.bind(from);
                     self.leave_at(site);
                 }
                 Cold::Misaligned { from, back, size, site } => {

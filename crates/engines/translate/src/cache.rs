@@ -3,17 +3,17 @@
 //! What belongs to a page of guest memory lives and dies together: only blocks of one page are linked to each other, so that
 //! when the page's code changes nothing else has to be looked after but the table of jumps.
 
-use std::collections::HashMap;
 use std::time::Instant;
 
 use interpret::op::Op;
 use memory::Memory;
+use rustc_hash::FxHashMap;
 
 use crate::Error;
 use crate::asm::{Asm, frame as field};
-use crate::block::{Builder, Context, Kind, Mark, Mode, Output, Site};
+use crate::block::{Builder, Context, Kind, Mark, Mode, Output, Site, Tools};
 use crate::buffer::Buffer;
-use crate::decode::Page;
+use crate::decode::{Bytes, Page};
 use crate::frame::{Frame, at};
 use crate::host::Host;
 use crate::stubs::Stubs;
@@ -36,7 +36,7 @@ struct PageCode {
     mode: Mode,
     generation: u32,
     /// Host addresses by offset in the page.
-    entries: HashMap<u16, u64>,
+    entries: FxHashMap<u16, u64>,
     /// Instructions that reach from one page into the next, of which this is one: offset in the first, host address.
     straddlers: Vec<(u16, u64)>,
 }
@@ -67,6 +67,9 @@ pub struct Counters {
 /// The code cache.
 pub struct Cache {
     buffer: Buffer,
+    tools: Tools,
+    /// The page that is being looked at.
+    bytes: Box<Bytes>,
     /// Entry and exit.
     pub stubs: Stubs,
     /// Bytes of the stubs, which stay.
@@ -75,8 +78,8 @@ pub struct Cache {
     blocks: Vec<Block>,
     sites: Vec<Site>,
     pages: Vec<PageCode>,
-    index: HashMap<(u64, Mode), u32>,
-    straddlers: HashMap<(u64, Mode), Straddler>,
+    index: FxHashMap<(u64, Mode), u32>,
+    straddlers: FxHashMap<(u64, Mode), Straddler>,
     changes: u64,
     /// Where developers read what becomes of blocks.
     pub trace: Option<Trace>,
@@ -106,13 +109,15 @@ impl Cache {
         Ok(Self {
             keep: buffer.used(),
             buffer,
+            tools: Tools::new(),
+            bytes: Box::new([0; _]),
             stubs,
             host,
             blocks: Vec::new(),
             sites: Vec::new(),
             pages: Vec::new(),
-            index: HashMap::new(),
-            straddlers: HashMap::new(),
+            index: FxHashMap::default(),
+            straddlers: FxHashMap::default(),
             changes: 0,
             trace: None,
             unlinked: false,
@@ -236,7 +241,7 @@ impl Cache {
             offset,
             mode,
             generation,
-            entries: HashMap::new(),
+            entries: FxHashMap::default(),
             straddlers: Vec::new(),
         });
         self.index.insert((offset, mode), n);
@@ -323,16 +328,21 @@ impl Cache {
                 block: self.blocks.len() as u32,
                 first_site: self.sites.len(),
             };
-            let page = Page::new(&memory, offset, next, mode.bits(), options);
+            let page = Page::new(&memory, offset, next, (mode.bits(), options), &mut self.bytes);
             let begun = Instant::now();
-            let output = Builder::build(context, page, (offset & 0xfff) as u16, self.buffer.next());
+            let start = (offset & 0xfff) as u16;
+            let output = Builder::build(context, page, start, self.buffer.next(), &mut self.tools);
             #[cfg(test)]
             let output = self.spoiled(output);
             self.count.nanoseconds += begun.elapsed().as_nanos() as u64;
             if self.buffer.fits(output.code.len()) && self.has_room(output.sites.len()) {
                 if let Some(trace) = &self.trace {
-                    let (start, at) = ((offset & 0xfff) as u16, self.buffer.next());
-                    trace.block(offset & !0xfff, start, mode.bits(), &output.guest, at, &output.code);
+                    let guest = output.instructions.iter().flat_map(|i| {
+                        let at = i.ip() as usize;
+                        self.bytes[at..at + i.len()].iter().copied()
+                    });
+                    let (guest, at): (Vec<u8>, _) = (guest.collect(), self.buffer.next());
+                    trace.block(offset & !0xfff, start, mode.bits(), &guest, at, &output.code);
                 }
                 return Ok((n, output));
             }
@@ -356,19 +366,20 @@ impl Cache {
         self.sites.len() + sites <= size / SITE && self.blocks.len() < size / BLOCK
     }
 
-    fn keep(&mut self, page: u32, output: Output) -> u64 {
+    fn keep(&mut self, page: u32, mut output: Output) -> u64 {
         let host = self.buffer.next();
         self.buffer.push(&output.code);
         self.count.blocks += 1;
-        self.count.instructions += u64::from(output.instructions);
+        self.count.instructions += output.instructions.len() as u64;
         self.blocks.push(Block {
             page,
             host,
             len: output.code.len() as u32,
-            marks: output.marks.into(),
-            ops: output.ops.into(),
+            marks: output.marks.as_slice().into(),
+            ops: output.ops.drain(..).collect(),
         });
-        self.sites.extend(output.sites);
+        self.sites.extend_from_slice(&output.sites);
+        self.tools.take_back(output);
         host
     }
 

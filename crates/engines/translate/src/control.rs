@@ -153,7 +153,7 @@ impl Builder<'_, '_> {
 
     /// Whether a target is not in this page whole, so that it is looked up.
     fn is_elsewhere(&mut self, target: u64) -> bool {
-        target >= 0x1000 || self.c.alone || self.page.decode(target as u16).is_none()
+        target >= 0x1000 || self.c.alone || self.page.one(target).is_none()
     }
 
     /// LOOP, LOOPE, LOOPNE, JCXZ: the host's own, over a jump.
@@ -198,7 +198,7 @@ impl Builder<'_, '_> {
             self.a.cmp_imm(frame(at::POLL), 0);
             let rung = self.a.jump_if(cc::NZ);
             let site = self.site(Kind::Poll, target, 0);
-            self.cold.push(Cold::Leave { from: vec![rung], site });
+            self.cold.push(Cold::Leave { from: rung, site });
         }
         let from = self.a.jump();
         self.link(from, target);
@@ -218,7 +218,7 @@ impl Builder<'_, '_> {
             Some(host) => self.a.point(from, host),
             None => {
                 let site = self.site(Kind::Link, target, self.a.base + from.0 as u64);
-                self.cold.push(Cold::Leave { from: vec![from], site });
+                self.cold.push(Cold::Leave { from, site });
             }
         }
     }
@@ -247,7 +247,7 @@ impl Builder<'_, '_> {
             self.a.raw(&[0x48, 0xc1, 0xee, 48]); // SHR RSI, 48
             let from = self.a.jump_if(cc::NZ);
             let site = self.site(Kind::Wild { undo }, self.guest, 0);
-            self.cold.push(Cold::Leave { from: vec![from], site });
+            self.cold.push(Cold::Leave { from, site });
         }
     }
 
@@ -261,7 +261,7 @@ impl Builder<'_, '_> {
         self.a.cmp(reg::T, entry(0));
         let from = self.a.jump_if(cc::NZ);
         let site = self.site(Kind::Jump { undo }, self.guest, 0);
-        self.cold.push(Cold::Leave { from: vec![from], site });
+        self.cold.push(Cold::Leave { from, site });
         self.a.rm(true, &[0x2b], reg::T, frame(at::OWN_SALT)); // SUB
         self.a.raw(&[0x48, 0x81, 0xe7, 0x00, 0xf0, 0xff, 0xff]); // AND RDI, -4096
         self.a.store(frame(at::PAGE), reg::T);

@@ -3,7 +3,6 @@
 mod faults;
 mod lockstep;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,6 +14,7 @@ use interpret::tlb::{ENTRIES, Tlb};
 use machine::cpu::{Debug, Error as CpuError, Exit, Kick, State, Stats, Vcpu};
 use machine::{Gpa, Machine, apic};
 use memory::Memory;
+use rustc_hash::FxHashMap;
 use x86::control::{cr0, cr3, cr4, xcr0};
 use x86::cpuid::Cpuid;
 use x86::flags;
@@ -71,7 +71,7 @@ pub struct Cpu {
     count: Counters,
     info: InstructionInfoFactory,
     /// How often stores hit pages with code.
-    hits: HashMap<u64, u32>,
+    hits: FxHashMap<u64, u32>,
     /// The number of entries into code at which the vCPU kicks itself.
     pause: u64,
     lock: Option<Box<lockstep::Lockstep>>,
@@ -124,7 +124,7 @@ impl Cpu {
             gs: 0,
             count: Counters::default(),
             info: InstructionInfoFactory::new(),
-            hits: HashMap::new(),
+            hits: FxHashMap::default(),
             pause: u64::MAX,
             lock: None,
         })

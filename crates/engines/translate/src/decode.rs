@@ -17,6 +17,18 @@ const AHEAD: usize = 32;
 pub const STATUS: u32 =
     RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
+/// Why no more instructions were decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// No more were wanted.
+    Enough,
+    /// What follows is not in the page, or not as a whole.
+    Beyond,
+}
+
+/// Room for a page, and for an instruction that reaches beyond it.
+pub type Bytes = [u8; PAGE as usize + 64];
+
 /// A page of guest code: read, and marked as cached, as far as it was looked at.
 pub struct Page<'a> {
     memory: &'a Memory,
@@ -26,28 +38,34 @@ pub struct Page<'a> {
     next: Option<u64>,
     bits: u32,
     options: u32,
-    bytes: Box<[u8; PAGE as usize + 64]>,
+    bytes: &'a mut Bytes,
     /// A bit for each 64-byte line that was read.
     lines: u128,
 }
 
 impl<'a> Page<'a> {
     /// The page of guest memory at `offset`, not yet looked at. With `next`, the page after it, an instruction may reach
-    /// into that.
-    pub fn new(memory: &'a Memory, offset: u64, next: Option<u64>, bits: u32, options: u32) -> Self {
+    /// into that. What `bytes` holds does not matter.
+    pub fn new(
+        memory: &'a Memory,
+        offset: u64,
+        next: Option<u64>,
+        (bits, options): (u32, u32),
+        bytes: &'a mut Bytes,
+    ) -> Self {
         Self {
             memory,
             offset: offset & !(PAGE - 1),
             next: next.map(|n| n & !(PAGE - 1)),
             bits,
             options,
-            bytes: Box::new([0; PAGE as usize + 64]),
+            bytes,
             lines: 0,
         }
     }
 
-    fn look(&mut self, from: u16, to: u64) {
-        let (first, last) = (u64::from(from) / 64, (to - 1) / 64);
+    fn look(&mut self, from: u64, to: u64) {
+        let (first, last) = (from / 64, (to - 1) / 64);
         for line in first..=last.min(64) {
             if self.lines >> line & 1 == 0 {
                 self.lines |= 1 << line;
@@ -72,17 +90,39 @@ impl<'a> Page<'a> {
         if self.next.is_some() { PAGE + LONGEST } else { PAGE }
     }
 
-    /// The instruction at `at`, with that as its IP. `None` if it reaches beyond what can be looked at.
-    pub fn decode(&mut self, at: u16) -> Option<Instruction> {
-        let end = (u64::from(at) + LONGEST).min(self.end());
-        if u64::from(at) >= PAGE {
-            return None;
+    /// Decodes instructions from `at` on, with offsets in the page as their IPs, while `each` wants the next. Tells of the end,
+    /// if it comes to that: of the page, or an instruction that reaches beyond what can be looked at.
+    pub fn decode(&mut self, mut at: u64, mut each: impl FnMut(Instruction) -> bool) -> End {
+        while at < PAGE {
+            let needed = (at + LONGEST).min(self.end());
+            self.look(at, needed);
+            // Lines are looked at as a whole.
+            let end = needed.next_multiple_of(64).min(self.end());
+            let bytes = &self.bytes[at as usize..end as usize];
+            let mut decoder = Decoder::with_ip(self.bits, bytes, at, self.options);
+            while at < PAGE && (at + LONGEST <= end || end == self.end()) {
+                let i = decoder.decode();
+                // One that is cut off by the page's end decodes as invalid too.
+                if i.is_invalid() && end == PAGE && at + LONGEST > PAGE {
+                    return End::Beyond;
+                }
+                if !each(i) {
+                    return End::Enough;
+                }
+                at = i.next_ip();
+            }
         }
-        self.look(at, end);
-        let bytes = &self.bytes[usize::from(at)..end as usize];
-        let i = Decoder::with_ip(self.bits, bytes, at.into(), self.options).decode();
-        // One that is cut off by the page's end decodes as invalid too.
-        (!(i.is_invalid() && end == PAGE && (bytes.len() as u64) < LONGEST)).then_some(i)
+        End::Beyond
+    }
+
+    /// The instruction at `at`, if it does not reach beyond what can be looked at.
+    pub fn one(&mut self, at: u64) -> Option<Instruction> {
+        let mut one = None;
+        self.decode(at, |i| {
+            one = Some(i);
+            false
+        });
+        one
     }
 
     /// The bytes of an instruction that [`Page::decode`] gave.
@@ -93,24 +133,22 @@ impl<'a> Page<'a> {
 
     /// The status flags that are read at `at` before they are written.
     pub fn live_at(&mut self, at: u64) -> u32 {
-        let (mut live, mut written) = (0, 0);
-        let mut at = at;
-        for _ in 0..AHEAD {
-            let Some(i) =
-                u16::try_from(at).ok().filter(|&a| u64::from(a) < PAGE).and_then(|a| self.decode(a))
-            else {
-                break;
-            };
-            live |= reads(&i) & !written;
-            written |= writes(&i);
-            if live | written == STATUS {
-                return live;
-            }
-            match i.flow_control() {
-                FlowControl::Next => at = i.next_ip(),
-                FlowControl::UnconditionalBranch if is_near(&i) => at = i.near_branch_target(),
-                _ => break,
-            }
+        let (mut live, mut written, mut left) = (0, 0, AHEAD);
+        let mut next = Some(at);
+        while let Some(at) = next.take() {
+            self.decode(at, |i| {
+                live |= reads(&i) & !written;
+                written |= writes(&i);
+                left -= 1;
+                if live | written == STATUS || left == 0 {
+                    return false;
+                }
+                let flow = i.flow_control();
+                if flow == FlowControl::UnconditionalBranch && is_near(&i) {
+                    next = Some(i.near_branch_target());
+                }
+                flow == FlowControl::Next
+            });
         }
         live | STATUS & !written
     }

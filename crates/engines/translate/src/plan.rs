@@ -5,7 +5,9 @@
 //! straight to memory. A group ends when its register changes by other than a constant, and when the reference engine may
 //! have changed the linear page table.
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{
+    Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
+};
 
 use crate::allowed::is_bit_string;
 use crate::block::Mode;
@@ -13,6 +15,8 @@ use crate::decode::is_skipped;
 use crate::frame::at;
 use crate::seats::{Seat, number, seat};
 
+/// Of an instruction nothing is asked but which registers it uses.
+const REGISTERS: u32 = InstructionInfoOptions::NO_MEMORY_USAGE;
 /// Bytes from a group's first to its last at most: groups that cross a page cost much.
 const SPAN: i64 = 256;
 
@@ -82,6 +86,8 @@ pub struct Plan {
     pub groups: Vec<Group>,
     /// For each instruction its accesses in order, at most two: group, and what its base had been moved by.
     members: Vec<[Option<(usize, i64)>; 2]>,
+    /// Groups that may still grow, while a plan is made.
+    open: Vec<Open>,
 }
 
 #[derive(Clone, Copy)]
@@ -96,14 +102,16 @@ const SLOTS: i32 = 14;
 
 impl Plan {
     /// Plans a block. `helpers` tells which instructions the reference engine executes.
-    pub fn new(
+    pub fn make(
+        &mut self,
         instructions: &[Instruction],
         helpers: &[bool],
         mode: Mode,
         info: &mut InstructionInfoFactory,
-    ) -> Self {
-        let mut plan = Self::default();
-        let mut open: Vec<Open> = Vec::new();
+    ) {
+        self.groups.clear();
+        self.members.clear();
+        let mut open = std::mem::take(&mut self.open);
         let word = i64::from(mode.word());
         for (n, (i, &helper)) in instructions.iter().zip(helpers).enumerate() {
             let mut members = [None; 2];
@@ -112,17 +120,18 @@ impl Plan {
                 open.clear();
             } else if !is_skipped(i) {
                 for (k, access) in accesses(i, mode, word).into_iter().enumerate() {
-                    members[k] = access.map(|access| plan.join(&mut open, access, (n, k)));
+                    members[k] = access.map(|access| self.join(&mut open, access, (n, k)));
                 }
                 update(i, mode, word, info, &mut open);
             }
-            plan.members.push(members);
+            self.members.push(members);
         }
-        let groups = plan.groups.iter_mut().filter(|g| g.members > 1);
+        open.clear();
+        self.open = open;
+        let groups = self.groups.iter_mut().filter(|g| g.members > 1);
         for (group, n) in groups.zip(0..SLOTS) {
             group.slot = Some(at::GROUPS - 8 * n);
         }
-        plan
     }
 
     fn join(&mut self, open: &mut Vec<Open>, access: Access, here: (usize, usize)) -> (usize, i64) {
@@ -220,7 +229,7 @@ fn update(i: &Instruction, mode: Mode, word: i64, info: &mut InstructionInfoFact
         }
         return;
     }
-    for used in info.info(i).used_registers() {
+    for used in info.info_options(i, REGISTERS).used_registers() {
         let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None);
         if writes && used.register().is_gpr() {
             let written = number(used.register());

@@ -1,8 +1,10 @@
 //! What instructions become that do not branch: copies with their operands elsewhere, and stack operations.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{
+    Code, EncodingKind, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
+};
 
-use crate::allowed;
+use crate::allowed::{self, Class};
 use crate::asm::{Mem, based, frame, reg};
 use crate::block::{Builder, Mode};
 use crate::decode;
@@ -13,6 +15,9 @@ use crate::seats::{Seat, is_high, number, register, seat};
 /// Host register that holds the guest's RSP and RBP.
 const STACK: u8 = 10;
 const FRAME_POINTER: u8 = 5;
+
+/// Of an instruction nothing is asked but how it accesses its operands.
+const ACCESS: u32 = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
 
 /// A guest register that the instruction works on in RSI or RDI.
 #[derive(Clone, Copy)]
@@ -140,7 +145,7 @@ impl Builder<'_, '_> {
             if !needed {
                 continue;
             }
-            let access = self.info.info(i).op_access(n);
+            let access = self.info.info_options(i, ACCESS).op_access(n);
             let writes = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None);
             let load = access != OpAccess::Write || r.size() < 4;
             match out.iter_mut().find(|t| t.guest == guest) {
@@ -202,8 +207,8 @@ impl Builder<'_, '_> {
     }
 
     /// The instruction itself, its operands being elsewhere.
-    pub fn copy(&mut self, i: &Instruction) {
-        let mut i = decode::general(i);
+    pub fn copy(&mut self, guest: &Instruction) {
+        let mut i = decode::general(guest);
         if !self.c.keep_lock {
             i.set_has_lock_prefix(false);
         }
@@ -213,7 +218,7 @@ impl Builder<'_, '_> {
         if memory {
             let size = i.memory_size().size().max(1) as u32;
             let n = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory).unwrap_or(0);
-            let access = self.info.info(&i).op_access(n);
+            let access = self.info.info_options(&i, ACCESS).op_access(n);
             let write = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None);
             operand = Some(self.access(size, write, plan::place(&i, self.c.mode), |b| b.address(&i, true)));
         }
@@ -247,9 +252,12 @@ impl Builder<'_, '_> {
                 }
             }
         }
-        let rewritten = reseat(&i, &temporaries, operand);
         self.mark_op();
-        self.encode(&rewritten);
+        if operand.is_none() && temporaries.is_empty() && i == *guest && is_the_hosts(&i) {
+            self.a.raw(self.page.bytes(&i));
+        } else {
+            self.encode(&reseat(&i, &temporaries, operand));
+        }
         for t in temporaries.iter().filter(|t| t.store) {
             match seat(t.guest) {
                 Seat::Host(r) => self.a.mov(r, t.host),
@@ -473,6 +481,18 @@ impl Builder<'_, '_> {
 }
 
 /// The instruction with its operands where they are.
+/// Whether the instruction, which has no operand in memory, is the same for the host: all its registers are in themselves. VEX
+/// means other sizes in 32-bit code, and what iced takes for PAUSE is XCHG with R8 to processors, if it has REX.B.
+fn is_the_hosts(i: &Instruction) -> bool {
+    let in_itself = |r: Register| seat(number(r)) == Seat::Host(number(r));
+    allowed::class(i) == Some(Class::Integer)
+        && i.code().encoding() == EncodingKind::Legacy
+        && i.mnemonic() != Mnemonic::Pause
+        && (0..i.op_count()).all(|n| {
+            i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr() && in_itself(i.op_register(n))
+        })
+}
+
 fn reseat(i: &Instruction, temporaries: &[Temporary], operand: Option<Mem>) -> Instruction {
     let mut out = *i;
     for n in 0..i.op_count() {

@@ -195,7 +195,7 @@ impl Builder<'_, '_> {
         let op = self.op(i);
         let here = self.a.address();
         let site = self.site(Kind::Helper { op }, self.guest, here);
-        self.cold.push(Cold::Leave { from: slow, site });
+        self.cold.extend(slow.into_iter().map(|from| Cold::Leave { from, site }));
     }
 
     /// The host address of RCX elements at a host register's linear address to RSI; goes to `slow` if they do not lie in one
@@ -205,7 +205,7 @@ impl Builder<'_, '_> {
         self.look_up();
         let missing = self.a.jump_if(cc::Z);
         let site = self.site(Kind::Access { size: size as u8, write, align: 0 }, self.guest, retry);
-        self.cold.push(Cold::Leave { from: vec![missing], site });
+        self.cold.push(Cold::Leave { from: missing, site });
         self.a.add64(reg::U, reg::T);
         self.a.and_imm32(reg::T, 0xfff);
         self.a.cmp64_imm32(RCX, 0x1000);

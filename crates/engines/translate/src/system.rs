@@ -78,7 +78,7 @@ impl Builder<'_, '_> {
         let op = self.op(i);
         let here = self.a.address();
         let site = self.site(Kind::Helper { op }, i.ip() as u16, here);
-        self.cold.push(Cold::Leave { from: otherwise, site });
+        self.cold.extend(otherwise.into_iter().map(|from| Cold::Leave { from, site }));
     }
 
     fn use_table(&mut self, field: i32) {
