@@ -21,6 +21,7 @@ use machine::cpu::State;
 use memory::{Kind, Memory};
 
 pub use error::Error;
+pub use map::ram_for_firmware;
 
 /// Where things lie in low memory when there is no firmware to put them anywhere.
 pub(crate) mod at {
@@ -84,9 +85,25 @@ pub fn load(memory: &Memory, what: &Kernel<'_>) -> Result<State, Error> {
         Some([0x1f, 0x8b, ..]) => "compressed with gzip; decompress it first (gunzip)",
         Some([0x28, 0xb5, 0x2f, 0xfd]) => "compressed with zstd; decompress it first (unzstd)",
         Some([0xfd, b'7', b'z', b'X']) => "compressed with xz; decompress it first (unxz)",
-        Some([b'Q', b'F', b'I', 0xfb]) => "a qcow2 disk image; booting from disks comes in a later version",
+        Some([b'Q', b'F', b'I', 0xfb]) => "a qcow2 disk image; give it as the guest, or with --disk",
         _ => "no kernel that Lodge knows; give a Linux bzImage (vmlinuz), an ELF with a PVH note, or a multiboot kernel",
     }))
+}
+
+/// Whether `path` is a disk to start from, not a kernel to load: an image in a disk's format, or with a boot sector.
+///
+/// # Errors
+/// It cannot be read.
+pub fn is_disk(path: &Path) -> Result<bool, Error> {
+    let file = File::open(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    let mut head = [0; 1024];
+    let n = file.read_at(&mut head, 0).map_err(|source| Error::Read { path: path.into(), source })?;
+    let head = &head[..n];
+    let is = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
+    // A kernel's first sector ends as a boot sector does.
+    let kernel = is(0x202, b"HdrS") || is(0, b"\x7fELF");
+    let image = is(0, b"QFI\xfb") || is(0, b"KDMV") || is(0, b"# Disk DescriptorFile");
+    Ok(!kernel && (image || is(510, &[0x55, 0xaa]) || is(512, b"EFI PART")))
 }
 
 /// Puts firmware where the reset vector is, and its last 128 KiB below 1 MiB, as a PC's chipset shows it.

@@ -22,6 +22,7 @@ pub struct Range {
 
 /// The configuration space's window of memory, which firmware reserves.
 pub const MCFG: u64 = 0xb000_0000;
+/// Its bytes: 256 buses.
 pub const MCFG_SIZE: u64 = 256 << 20;
 
 /// All of it, sorted.
@@ -44,6 +45,21 @@ pub fn ranges(memory: &Memory) -> Vec<Range> {
     all.sort_by_key(|r| r.start);
     debug_assert!(all.windows(2).all(|w| w[0].start + w[0].size <= w[1].start), "{all:x?}");
     all
+}
+
+/// RAM as firmware is told of it, which takes from it what it wants: entries of 20 bytes as e820 has them.
+pub fn ram_for_firmware(memory: &Memory) -> Vec<u8> {
+    let above = memory.regions().iter().filter(|r| r.kind == Kind::Ram && r.gpa >= HOLE_END);
+    std::iter::once((0, low_end(memory)))
+        .chain(above.map(|r| (r.gpa, r.size)))
+        .flat_map(|(start, size)| {
+            let mut entry = [0; 20];
+            entry[..8].copy_from_slice(&start.to_le_bytes());
+            entry[8..16].copy_from_slice(&size.to_le_bytes());
+            entry[16..].copy_from_slice(&(Use::Ram as u32).to_le_bytes());
+            entry
+        })
+        .collect()
 }
 
 /// Where RAM below 4 GiB ends.

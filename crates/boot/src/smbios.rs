@@ -8,14 +8,26 @@ use crate::{Error, at, map, place};
 pub fn place(memory: &Memory, cpus: u32) -> Result<(), Error> {
     let tables = tables(memory, cpus);
     let start = at::SMBIOS + 0x20;
+    place::bytes(memory, at::SMBIOS, &entry(&tables, start))?;
+    place::bytes(memory, start, &tables)
+}
+
+/// The tables for firmware to place, and an entry point to go with them.
+pub fn for_firmware(memory: &Memory, cpus: u32) -> (Vec<u8>, Vec<u8>) {
+    let tables = tables(memory, cpus);
+    let entry = entry(&tables, 0);
+    (tables, entry)
+}
+
+/// The entry point of `tables` at `start` (DSP0134, 5.2.2).
+fn entry(tables: &[u8], start: u64) -> Vec<u8> {
     let mut entry = vec![0; 24];
     entry[..5].copy_from_slice(b"_SM3_");
     (entry[6], entry[7], entry[8], entry[10]) = (24, 3, 2, 1);
     entry[12..16].copy_from_slice(&(tables.len() as u32).to_le_bytes());
     entry[16..24].copy_from_slice(&start.to_le_bytes());
     entry[5] = entry.iter().fold(0u8, |s, b| s.wrapping_sub(*b));
-    place::bytes(memory, at::SMBIOS, &entry)?;
-    place::bytes(memory, start, &tables)
+    entry
 }
 
 /// One structure: type, handle, formatted bytes after the header, strings.

@@ -247,10 +247,15 @@ fn the_map_tells_all_ram_and_nothing_twice() {
     assert_eq!((last.start, last.size), (memory::HOLE_END, 1 << 30));
 }
 
+fn acpi_config(cpus: u32) -> acpi::Config {
+    let pm = acpi::Pm { event: 0x600, control: 0x604, timer: 0x608, gpe0: 0x620, gpe0_len: 16, s5: 0 };
+    let (window32, window64) = (vec![acpi::PCI_WINDOW], (1 << 39, 1 << 38));
+    acpi::Config { cpus, pm, sci: 9, pci_windows32: window32, pci_window64: window64, mcfg: acpi::MCFG }
+}
+
 #[test]
 fn processors_beyond_the_8_bit_apic_ids_are_x2apics() {
-    let pm = acpi::Pm { event: 0x600, control: 0x604, timer: 0x608, gpe0: 0x620, gpe0_len: 16, s5: 0 };
-    let config = acpi::Config { cpus: 257, pm, sci: 9, pci_window64: (1 << 39, 1 << 38) };
+    let config = acpi_config(257);
     let tables = acpi::build(&config);
     let (_, madt) = tables.iter().find(|(name, _)| *name == "APIC").unwrap();
     let mut entries = &madt[44..];
@@ -275,27 +280,63 @@ fn firmware_is_seen_at_the_reset_vector_and_below_one_mib() {
     assert_eq!(text(&memory, 0xf_fff0, 5), "reset");
 }
 
+/// Checks the tables at `rsdp`; their signatures.
+fn check_acpi(memory: &Memory, rsdp: u64) -> Vec<String> {
+    assert_eq!(text(memory, rsdp, 8), "RSD PTR ");
+    assert_eq!(rsdp % 16, 0);
+    let sum = |at: u64, len: u64| (0..len).fold(0u8, |s, i| s.wrapping_add(word(memory, at + i) as u8));
+    assert_eq!((sum(rsdp, 20), sum(rsdp, 36)), (0, 0));
+    let xsdt = word(memory, rsdp + 24);
+    let tables = (0..(word(memory, xsdt + 4) - 36) / 8).map(|n| word(memory, xsdt + 36 + 8 * n));
+    let seen = tables.map(|table| {
+        assert_eq!(sum(table, word(memory, table + 4)), 0);
+        text(memory, table, 4)
+    });
+    seen.collect()
+}
+
 #[test]
 fn acpi_tables_are_linked_and_sum_to_zero() {
     let memory = Memory::new(64 << 20, 0).unwrap();
-    let pm = acpi::Pm { event: 0x600, control: 0x604, timer: 0x608, gpe0: 0x620, gpe0_len: 16, s5: 0 };
-    let config = acpi::Config { cpus: 3, pm, sci: 9, pci_window64: (1 << 39, 1 << 38) };
+    let config = acpi_config(3);
     let rsdp = acpi::build(&config).place(&memory).unwrap();
-    assert_eq!(text(&memory, rsdp, 8), "RSD PTR ");
-    assert_eq!(rsdp % 16, 0);
-    let sum = |at: u64, len: u64| (0..len).fold(0u8, |s, i| s.wrapping_add(word(&memory, at + i) as u8));
-    assert_eq!((sum(rsdp, 20), sum(rsdp, 36)), (0, 0));
-    let xsdt = word(&memory, rsdp + 24);
-    let mut seen = Vec::new();
-    for n in 0..(word(&memory, xsdt + 4) - 36) / 8 {
-        let table = word(&memory, xsdt + 36 + 8 * n);
-        assert_eq!(sum(table, word(&memory, table + 4)), 0);
-        seen.push(text(&memory, table, 4));
-    }
-    assert_eq!(seen, ["FACP", "APIC", "HPET", "MCFG"]);
+    assert_eq!(check_acpi(&memory, rsdp), ["FACP", "APIC", "HPET", "MCFG"]);
     if let Ok(directory) = std::env::var("LODGE_DUMP_ACPI") {
         for (name, bytes) in acpi::build(&config).iter() {
             std::fs::write(Path::new(&directory).join(format!("{name}.dat")), bytes).unwrap();
         }
     }
+}
+
+/// As firmware does what the commands say.
+#[test]
+fn acpi_tables_come_together_by_the_loader() {
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    let acpi::ForFirmware { mut tables, mut rsdp, loader } = acpi::build(&acpi_config(2)).for_firmware();
+    let (high, low) = (0x200_0040u64, 0xf_1230u64);
+    let number = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    for command in loader.chunks(128) {
+        let name =
+            |at: usize| String::from_utf8(command[at..].split(|b| *b == 0).next().unwrap().into()).unwrap();
+        let file = if name(4) == acpi::RSDP { &mut rsdp } else { &mut tables };
+        let field = |n: usize| number(&command[60 + 4 * n..][..4]) as usize;
+        match number(&command[..4]) {
+            1 => assert!([high, low].iter().any(|at| at % field(0) as u64 == 0)),
+            2 => {
+                assert_eq!(name(60), acpi::TABLES);
+                let (offset, width) = (number(&command[116..120]) as usize, command[120].into());
+                let field = &mut file[offset..][..width];
+                let value = number(field) + high;
+                field.copy_from_slice(&value.to_le_bytes()[..width]);
+            }
+            3 => {
+                let sum = file[field(1)..][..field(2)].iter().fold(0u8, |s, b| s.wrapping_sub(*b));
+                file[field(0)] = file[field(0)].wrapping_add(sum);
+            }
+            other => panic!("command {other}"),
+        }
+    }
+    place::bytes(&memory, high, &tables).unwrap();
+    place::bytes(&memory, low, &rsdp).unwrap();
+    assert_eq!(check_acpi(&memory, low), ["FACP", "APIC", "HPET", "MCFG"]);
 }

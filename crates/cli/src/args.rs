@@ -22,6 +22,8 @@ Examples:
   lodge run tiny:trixie --cpus 2            the same with Debian 13's kernel, on two processors
   lodge run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'
   echo 'cat /proc/cpuinfo' | lodge run | grep 'model name'
+  lodge run disk.qcow2                      a disk, by its own boot loader
+  lodge run disk.qcow2 --firmware uefi --name web
   lodge run --gdb 127.0.0.1:1234            then, in gdb: target remote :1234";
 
 /// Runs whole operating systems inside Linux, with KVM or without.
@@ -92,7 +94,8 @@ pub enum Cpu {
 /// `lodge run`.
 #[derive(Debug, Args)]
 pub struct Run {
-    /// The guest: `tiny` (a Debian kernel and a shell), `tiny:SUITE` (tiny:trixie), `tiny:i386`, or a kernel file
+    /// The guest: `tiny` (a Debian kernel and a shell), `tiny:SUITE` (tiny:trixie), `tiny:i386`, a disk image to boot from,
+    /// or a kernel file
     pub image: Option<String>,
 
     /// What to call the virtual machine
@@ -128,9 +131,10 @@ pub struct Run {
     /// The kernel's command line; for the default guest, what to add to it
     #[arg(long, value_name = "TEXT", help_heading = "Boot")]
     pub cmdline: Option<String>,
-    /// Firmware to start from the reset vector instead of a kernel
-    #[arg(long, value_name = "FILE", help_heading = "Boot", conflicts_with = "image")]
-    pub firmware: Option<PathBuf>,
+    /// Firmware that starts the guest from its disks: `bios` (SeaBIOS), `uefi` (OVMF; with --name its variables are kept), or
+    /// a file [default: bios, where the guest is a disk image]
+    #[arg(long, value_name = "bios|uefi|FILE", help_heading = "Boot", value_parser = crate::firmware::parse)]
+    pub firmware: Option<crate::firmware::Which>,
     /// The Debian archive to fetch from [default: the one that apt on this host uses]
     #[arg(long, value_name = "URL", help_heading = "Boot")]
     pub mirror: Option<String>,
@@ -154,6 +158,9 @@ pub struct Run {
     /// Print what the guest did: instructions, exits by kind, time by phase
     #[arg(long, help_heading = "Looking inside")]
     pub stats: bool,
+    /// Write the firmware's messages for its developers into this file (port 0x402)
+    #[arg(long, value_name = "FILE", hide_short_help = true, help_heading = "Looking inside")]
+    pub firmware_log: Option<PathBuf>,
     /// Write into this file what the engine `translate` makes of guest code: for its developers, and large
     #[arg(long, value_name = "FILE", help_heading = "Looking inside")]
     pub trace: Option<PathBuf>,

@@ -15,12 +15,18 @@ pub struct Disk {
     bus: DiskBus,
 }
 
+impl Disk {
+    /// A disk of which no more is said than where it is.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path, options: Options::default(), serial: None, bus: DiskBus::default() }
+    }
+}
+
 /// Reads `PATH[,format=FORMAT][,readonly][,serial=TEXT][,bus=BUS]`; `,,` is a comma of the path's.
 pub fn parse(text: &str) -> Result<Disk, String> {
     let mut parts = split(text).into_iter();
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("give the path of an image")?;
-    let mut disk =
-        Disk { path: path.into(), options: Options::default(), serial: None, bus: DiskBus::default() };
+    let mut disk = Disk::at(path.into());
     for part in parts {
         match part.split_once('=') {
             None if part == "readonly" => disk.options.read_only = true,
@@ -63,13 +69,13 @@ fn split(text: &str) -> Vec<String> {
 }
 
 /// Opens them.
-pub fn open(disks: &[Disk]) -> Result<Vec<vm::Disk>, disks::Error> {
+pub fn open<'a>(disks: impl IntoIterator<Item = &'a Disk>) -> Result<Vec<vm::Disk>, disks::Error> {
     let open = |(n, disk): (usize, &Disk)| {
         let serial = disk.serial.clone().unwrap_or_else(|| format!("lodge-{n}"));
         let image = Arc::new(disks::Disk::open(&disk.path, &disk.options)?);
         Ok(vm::Disk { image, serial, bus: disk.bus })
     };
-    disks.iter().enumerate().map(open).collect()
+    disks.into_iter().enumerate().map(open).collect()
 }
 
 /// Opens what is in CD-ROM drives: images as they are on a CD, which others may read, too.

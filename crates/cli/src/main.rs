@@ -5,6 +5,7 @@ mod args;
 mod config;
 mod console;
 mod disk;
+mod firmware;
 mod host;
 mod progress;
 mod report;

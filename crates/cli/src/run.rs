@@ -14,6 +14,7 @@ use vm::{Boot, Choice, Config, Console, End, Model, Vm};
 use crate::args::{Cpu, Engine, Run};
 use crate::config;
 use crate::console::{self, Ask, Raw};
+use crate::disk::Disk;
 use crate::progress::Bars;
 use crate::report::{Help, Usage};
 
@@ -68,6 +69,9 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let report = vm.stop();
     // What the guest has not asked to be flushed is not lost either when it ends.
     let flushed = config.disks.iter().try_for_each(|disk| disk.image.flush());
+    if let Boot::Firmware(vm::Firmware { variables: Some(variables), .. }) = &config.boot {
+        variables.flush().context("cannot keep the UEFI variables")?;
+    }
     console.flush();
     raw.iter().for_each(Raw::restore);
     if args.stats {
@@ -163,7 +167,11 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
             .map_err(|e| Usage(format!("the configuration file's memory, \"{text}\", is no size: {e}")))?,
         (None, None) => 512 << 20,
     };
-    let boot = boot(args, file.mirror.as_deref())?;
+    let disk = boot_disk(args)?;
+    let boot = match (&args.firmware, &disk) {
+        (None, None) => kernel(args, file.mirror.as_deref())?,
+        _ => Boot::Firmware(crate::firmware::open(args, args.mirror.clone().or(file.mirror))?),
+    };
     Ok(Config {
         name: args.name.clone().unwrap_or_else(|| name_of(&boot)),
         engine: match args.engine.or(file.engine).unwrap_or_default() {
@@ -181,7 +189,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         cpus: args.cpus.or(file.cpus).unwrap_or(1),
         memory,
         boot,
-        disks: crate::disk::open(&args.disk)?,
+        disks: crate::disk::open(disk.iter().chain(&args.disk))?,
         cdroms: crate::disk::open_cds(&args.cdrom)?,
         debug_exit: args.debug_exit,
         trace: args.trace.clone(),
@@ -191,15 +199,31 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
 fn name_of(boot: &Boot) -> String {
     let path = match boot {
         Boot::Kernel { kernel, .. } => kernel,
-        Boot::Firmware(path) => path,
+        Boot::Firmware(firmware) => &firmware.code,
     };
     path.file_name().map_or_else(|| "guest".into(), |n| n.to_string_lossy().into_owned())
 }
 
-fn boot(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
-    if let Some(path) = &args.firmware {
-        return Ok(Boot::Firmware(path.clone()));
+/// The guest, if it is a disk to boot from.
+fn boot_disk(args: &Run) -> anyhow::Result<Option<Disk>> {
+    let path = args.image.as_deref().map(Path::new).filter(|path| path.exists() && !path.is_dir());
+    let disk = match path {
+        Some(path) if vm::is_disk(path)? => Some(Disk::at(path.into())),
+        _ => None,
+    };
+    if disk.is_none() && args.firmware.is_some() && args.image.is_some() {
+        let image = args.image.as_deref().unwrap_or_default();
+        return Err(anyhow::Error::new(Usage(format!("--firmware starts disks, and {image} is none")))
+            .context(Help("leave --firmware away, or name a disk image".into())));
     }
+    if (disk.is_some() || args.firmware.is_some()) && (!args.initrd.is_empty() || args.cmdline.is_some()) {
+        return Err(anyhow::Error::new(Usage("a disk's own boot loader loads its kernel".into()))
+            .context(Help("leave --initrd and --cmdline away, or start the kernel with --kernel".into())));
+    }
+    Ok(disk)
+}
+
+fn kernel(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
     let image = args.image.as_deref().unwrap_or("tiny");
     let file = args.kernel.clone().or_else(|| Path::new(image).is_file().then(|| PathBuf::from(image)));
     if let Some(kernel) = file {
@@ -220,12 +244,12 @@ fn boot(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
         }
         _ if image.contains('/') => {
             return Err(anyhow::Error::new(Usage(format!("there is no file {image}")))
-                .context(Help("name a kernel file that exists, or `tiny`".into())));
+                .context(Help("name a disk image or a kernel file that exists, or `tiny`".into())));
         }
         _ => {
             return Err(anyhow::Error::new(Usage(format!("there is no image called {image}"))).context(
                 Help(
-                    "images are: tiny, tiny:SUITE (such as tiny:trixie), tiny:i386, or a kernel file".into(),
+                    "images are: tiny, tiny:SUITE (such as tiny:trixie), tiny:i386, a disk image, or a kernel file".into(),
                 ),
             ));
         }

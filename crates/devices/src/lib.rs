@@ -12,6 +12,7 @@
 pub mod ahci;
 pub mod debug;
 mod dma;
+pub mod flash;
 pub mod fw_cfg;
 pub mod hpet;
 pub mod nvme;

@@ -20,6 +20,7 @@ pub mod deb;
 mod deb822;
 mod error;
 mod fetch;
+mod firmware;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -36,6 +37,7 @@ use std::time::Duration;
 
 pub use error::Error;
 pub use fetch::FetchError;
+pub use firmware::{Firmware, FirmwareFiles, firmware};
 pub use guest::{Guest, default_guest, initramfs, unpacked_kernel};
 pub use openpgp::SignatureError;
 pub use progress::{Progress, Silent};

@@ -15,13 +15,11 @@ use x86::cpuid::Cpuid;
 use crate::Error;
 use crate::config::{Boot, Config, DiskBus};
 use crate::console::Console;
+use crate::firmware;
 use crate::host::{self, Chosen};
 
 /// The rate of the time-stamp counter where software makes it: one tick per nanosecond.
 const TSC_KHZ: u64 = 1_000_000;
-
-/// Where PCI devices with large BARs go: 512 GiB, up to the end of what the processor addresses.
-const PCI_WINDOW64: (u64, u64) = (1 << 39, 1 << 39);
 
 /// A machine that is ready to start.
 pub struct Assembly {
@@ -36,7 +34,7 @@ pub struct Assembly {
 pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Result<Assembly, Error> {
     check(config)?;
     let rom = match &config.boot {
-        Boot::Firmware(path) => boot::rom_size(path)?,
+        Boot::Firmware(firmware) => boot::rom_size(&firmware.code)?,
         Boot::Kernel { .. } => 0,
     };
     let memory = Memory::new(config.memory, rom)?;
@@ -139,23 +137,13 @@ fn with_translator(config: &Config, machine: &Arc<Machine>, processor: Cpuid) ->
 /// Puts the kernel or firmware into memory, with the tables that a kernel without firmware needs.
 fn load(config: &Config, memory: &Memory) -> Result<State, Error> {
     let (kernel, initrd, cmdline) = match &config.boot {
-        Boot::Firmware(path) => {
-            boot::load_firmware(memory, path)?;
+        Boot::Firmware(firmware) => {
+            boot::load_firmware(memory, &firmware.code)?;
             return Ok(State::reset(true, 0));
         }
         Boot::Kernel { kernel, initrd, cmdline } => (kernel, initrd, cmdline),
     };
-    let ports = boot::acpi::Pm {
-        event: pm::PM1A_EVENT as u16,
-        control: pm::PM1A_CONTROL as u16,
-        timer: pm::TIMER as u16,
-        gpe0: pm::GPE0 as u16,
-        gpe0_len: pm::GPE0_LEN,
-        s5: pm::SLEEP_TYPE_S5,
-    };
-    let tables =
-        boot::acpi::Config { cpus: config.cpus, pm: ports, sci: pm::SCI, pci_window64: PCI_WINDOW64 };
-    let rsdp = boot::acpi::build(&tables).place(memory)?;
+    let rsdp = boot::acpi::build(&firmware::acpi(config.cpus)).place(memory)?;
     boot::smbios::place(memory, config.cpus)?;
     Ok(boot::load(memory, &boot::Kernel { kernel, initrd, cmdline, rsdp })?)
 }
@@ -208,7 +196,7 @@ fn plug(
     for key in [fw_cfg::key::NB_CPUS, fw_cfg::key::MAX_CPUS] {
         fw_cfg.set(key, &(config.cpus as u16).to_le_bytes());
     }
-    insert(ports, fw_cfg::FW_CFG, "fw_cfg", fw_cfg)?;
+    insert(ports, fw_cfg::FW_CFG, "fw_cfg", fw_cfg.clone())?;
 
     let weak = Arc::downgrade(machine);
     let lines = irqs.clone();
@@ -223,36 +211,43 @@ fn plug(
     );
     host.insert(ports)?;
     host.plug(Some(pci::LPC), lpc)?;
-    plug_disks(config, &host, machine)?;
+    let bootable = plug_disks(config, &host, machine)?;
     let entropy = virtio::rng::Rng::new().map_err(|source| Error::Host { what: "random bytes", source })?;
     virtio_function(&host, machine, Arc::new(entropy))?;
-    if matches!(config.boot, Boot::Kernel { .. }) {
+    match &config.boot {
         // Without firmware nobody else gives devices their addresses.
-        host.assign()?;
+        Boot::Kernel { .. } => host.assign()?,
+        Boot::Firmware(firmware) => {
+            firmware::plug(firmware, machine)?;
+            firmware::describe(&fw_cfg, config, &machine.memory, &host, &bootable)?;
+        }
     }
     Ok(host)
 }
 
-/// The disks and CD-ROM drives, each with its controller.
-fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<(), Error> {
-    let mut sata = Vec::new();
+/// The disks and CD-ROM drives, each with its controller; the order in which firmware shall try to start from them.
+fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<Vec<String>, Error> {
+    let (mut sata, mut bootable) = (Vec::new(), Vec::new());
     for disk in &config.disks {
         let image = disk.image.clone();
         match disk.bus {
             DiskBus::Virtio => {
-                virtio_function(
-                    host,
-                    machine,
-                    Arc::new(virtio::blk::Blk::new(image, &disk.serial, config.cpus)),
-                )?;
+                let device = Arc::new(virtio::blk::Blk::new(image, &disk.serial, config.cpus));
+                let at = virtio_function(host, machine, device)?;
+                bootable.push(firmware::boot_path("scsi", at, "disk@0,0"));
             }
             DiskBus::Nvme => {
                 // A queue for each vCPU.
                 let controller = nvme::Nvme::new(image, &disk.serial, config.cpus, machine.memory.clone())
                     .map_err(|source| Error::Host { what: "a thread for a device", source })?;
-                host.plug(None, controller)?;
+                let at = host.plug(None, controller)?;
+                bootable.push(firmware::boot_path("pci8086,5845", at, "namespace@1,0"));
             }
-            DiskBus::Sata => sata.push(ahci::Attached::Disk(image, disk.serial.clone())),
+            DiskBus::Sata => {
+                let drive = format!("drive@{:x}/disk@0", sata.len());
+                bootable.push(firmware::boot_path("pci8086,2922", ahci::ADDRESS, &drive));
+                sata.push(ahci::Attached::Disk(image, disk.serial.clone()));
+            }
         }
     }
     sata.extend(
@@ -267,7 +262,7 @@ fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<()
         }
         more => return Err(Error::Sata(more)),
     }
-    Ok(())
+    Ok(bootable)
 }
 
 /// Puts a virtio device on the PCI bus.
@@ -275,11 +270,10 @@ fn virtio_function(
     host: &pci::Host,
     machine: &Machine,
     device: Arc<dyn virtio::Device>,
-) -> Result<(), Error> {
+) -> Result<pci::Address, Error> {
     let function = virtio::Pci::new(device, machine.memory.clone())
         .map_err(|source| Error::Host { what: "a thread for a device", source })?;
-    host.plug(None, function)?;
-    Ok(())
+    Ok(host.plug(None, function)?)
 }
 
 #[cfg(test)]

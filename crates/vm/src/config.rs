@@ -1,8 +1,10 @@
 //! What a VM is made from.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use devices::flash::Contents as Variables;
 use x86::cpuid::Model;
 
 /// Which technique runs the guest.
@@ -32,7 +34,18 @@ pub enum Boot {
         cmdline: String,
     },
     /// Firmware, which starts at the reset vector.
-    Firmware(PathBuf),
+    Firmware(Firmware),
+}
+
+/// Firmware, and what it keeps.
+#[derive(Clone, Debug)]
+pub struct Firmware {
+    /// The code, which ends at 4 GiB.
+    pub code: PathBuf,
+    /// The flash chip below the code, in which UEFI has its variables. It stays as it is through resets.
+    pub variables: Option<Arc<Variables>>,
+    /// Where messages for its developers go.
+    pub log: Option<Arc<File>>,
 }
 
 /// What connects a disk.

@@ -32,6 +32,8 @@ pub enum Error {
     Boot(#[from] boot::Error),
     #[error("the machine could not be put together: {0}; this is a bug of Lodge, please report it")]
     Assembly(#[from] machine::bus::Overlap),
+    #[error("firmware cannot be told of the machine: {0}; this is a bug of Lodge, please report it")]
+    FwCfg(#[from] devices::fw_cfg::Error),
     #[error(transparent)]
     Pci(#[from] devices::pci::Full),
     #[error("the host refused {what}: {source}; it may be short of threads or memory")]

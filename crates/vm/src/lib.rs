@@ -8,6 +8,7 @@ mod config;
 mod console;
 mod cpus;
 mod error;
+mod firmware;
 mod gdb;
 pub mod host;
 
@@ -17,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use machine::cpu::Stats;
 
-pub use config::{Boot, Choice, Config, Disk, DiskBus};
+pub use boot::is_disk;
+pub use config::{Boot, Choice, Config, Disk, DiskBus, Firmware, Variables};
 pub use console::Console;
 pub use error::Error;
 pub use machine::Power;

@@ -7,8 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Config, PCI_WINDOW};
-use crate::map::{MCFG, MCFG_SIZE};
+use super::{Config, MCFG_SIZE};
 
 struct Bytes(Vec<u8>);
 
@@ -90,20 +89,22 @@ fn pci(config: &Config, aml: &mut Bytes) {
     let cid = Name::new(path("_CID"), &EISAName::new("PNP0A03"));
     let numbers = ["_UID", "_SEG", "_BBN"].map(|name| Name::new(path(name), &0u32));
     let (start64, size64) = config.pci_window64;
-    let window = PCI_WINDOW.start as u32..PCI_WINDOW.end as u32;
-    let not_cached = || AddressSpaceCacheable::NotCacheable;
-    let crs = Name::new(
-        path("_CRS"),
-        &ResourceTemplate::new(vec![
-            &AddressSpace::new_bus_number(0u16, 0xff),
-            &IO::new(0xcf8, 0xcf8, 1, 8),
-            &AddressSpace::new_io(0u16, 0xcf7, None),
-            &AddressSpace::new_io(0xd00u16, 0xffff, None),
-            &AddressSpace::new_memory(not_cached(), true, 0xa_0000u32, 0xb_ffff, None),
-            &AddressSpace::new_memory(not_cached(), true, window.start, window.end - 1, None),
-            &AddressSpace::new_memory(not_cached(), true, start64, start64 + size64 - 1, None),
-        ]),
-    );
+    let memory = |start: u64, end: u64| {
+        let not_cached = AddressSpaceCacheable::NotCacheable;
+        AddressSpace::new_memory(not_cached, true, start as u32, end as u32 - 1, None)
+    };
+    let windows: Vec<_> = std::iter::once(memory(0xa_0000, 0xc_0000))
+        .chain(config.pci_windows32.iter().map(|window| memory(window.start, window.end)))
+        .collect();
+    let buses = AddressSpace::new_bus_number(0u16, 0xff);
+    let configuration = IO::new(0xcf8, 0xcf8, 1, 8);
+    let ports = [AddressSpace::new_io(0u16, 0xcf7, None), AddressSpace::new_io(0xd00u16, 0xffff, None)];
+    let not_cached = AddressSpaceCacheable::NotCacheable;
+    let high = AddressSpace::new_memory(not_cached, true, start64, start64 + size64 - 1, None);
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &configuration, &ports[0], &ports[1]];
+    resources.extend(windows.iter().map(|window| window as &dyn Aml));
+    resources.push(&high);
+    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(resources));
     let prt = Name::new(path("_PRT"), &routing());
 
     // Behind the ISA bridge.
@@ -125,7 +126,8 @@ fn pci(config: &Config, aml: &mut Bytes) {
     let [uid, seg, bbn] = &numbers;
     let root = Device::new(path("PCI0"), vec![&hid, &cid, uid, seg, bbn, &crs, &prt, &isa]);
     let hpet = device("HPET", "PNP0103", 0, vec![&Memory32Fixed::new(true, 0xfed0_0000, 0x400)]);
-    let mcfg = device("MCFG", "PNP0C02", 1, vec![&Memory32Fixed::new(true, MCFG as u32, MCFG_SIZE as u32)]);
+    let mcfg =
+        device("MCFG", "PNP0C02", 1, vec![&Memory32Fixed::new(true, config.mcfg as u32, MCFG_SIZE as u32)]);
     let fw_cfg_hid = Name::new(path("_HID"), &"QEMU0002");
     let fw_cfg_crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&IO::new(0x510, 0x510, 1, 12)]));
     let fw_cfg = Device::new(path("FWCF"), vec![&fw_cfg_hid, &fw_cfg_crs]);

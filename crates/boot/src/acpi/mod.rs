@@ -1,13 +1,18 @@
 //! The ACPI tables (ACPI 6.5, chapter 5): how a guest's kernel finds processors, interrupt controllers, timers and PCI.
 //!
 //! [`build`] makes tables that do not know where they will lie; [`Tables::place`] puts them into low memory for a guest that
-//! starts without firmware. Firmware will be handed the same tables with a list of what to patch.
+//! starts without firmware. Firmware is handed the same tables with a list of what to patch: [`Tables::for_firmware`].
 
 mod dsdt;
+mod loader;
 mod tables;
 
+use std::ops::Range;
+
+pub use loader::{ForFirmware, LOADER, RSDP, TABLES};
 use memory::Memory;
 
+pub use crate::map::{MCFG, MCFG_SIZE};
 use crate::{Error, at, place};
 
 /// What the tables describe.
@@ -19,8 +24,12 @@ pub struct Config {
     pub pm: Pm,
     /// GSI of system control interrupts.
     pub sci: u8,
+    /// The windows below 4 GiB for PCI devices.
+    pub pci_windows32: Vec<Range<u64>>,
     /// The 64-bit window for PCI devices: first address and size.
     pub pci_window64: (u64, u64),
+    /// Where the PCI configuration space is in memory: [`MCFG`] unless firmware has moved it.
+    pub mcfg: u64,
 }
 
 /// The PM block's ports.
@@ -37,7 +46,7 @@ pub struct Pm {
 }
 
 /// The 32-bit window for PCI devices.
-pub const PCI_WINDOW: std::ops::Range<u64> = 0xc000_0000..0xfec0_0000;
+pub const PCI_WINDOW: Range<u64> = 0xc000_0000..0xfec0_0000;
 
 /// A table: bytes, with offsets in it where other tables' addresses go.
 #[derive(Clone, Debug)]

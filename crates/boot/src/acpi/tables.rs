@@ -3,7 +3,6 @@
 use acpi_tables::sdt::Sdt;
 
 use super::{Blob, Config, dsdt};
-use crate::map::MCFG;
 
 const OEM: [u8; 6] = *b"LODGE ";
 const OEM_TABLE: [u8; 8] = *b"LODGEPC ";
@@ -25,7 +24,7 @@ mod fadt {
 pub fn all(config: &Config) -> Vec<Blob> {
     let mut all = vec![facs(), plain("DSDT", dsdt::build(config)), fadt(config), plain("APIC", madt(config))];
     all.push(plain("HPET", hpet()));
-    all.push(plain("MCFG", mcfg()));
+    all.push(plain("MCFG", mcfg(config)));
     let listed = ["FACP", "APIC", "HPET", "MCFG"];
     all.push(root("RSDT", 4, &listed));
     all.push(root("XSDT", 8, &listed));
@@ -137,10 +136,10 @@ fn hpet() -> Sdt {
 }
 
 /// PCI configuration space in memory (PCI Firmware specification 3.3, 4.1.2).
-fn mcfg() -> Sdt {
+fn mcfg(config: &Config) -> Sdt {
     let mut t = table(b"MCFG", 36, 1);
     t.append_slice(&[0; 8]);
-    t.append_slice(&MCFG.to_le_bytes());
+    t.append_slice(&config.mcfg.to_le_bytes());
     t.append_slice(&[0, 0, 0, 0xff, 0, 0, 0, 0]); // segment 0, buses 0 to 255
     t
 }

@@ -33,6 +33,8 @@ pub mod key {
     pub const NB_CPUS: u16 = 5;
     /// A boot menu is wanted, u16.
     pub const BOOT_MENU: u16 = 0xe;
+    /// IRQ 0 is GSI 2, u32: the PC's own.
+    pub const IRQ0_OVERRIDE: u16 = 0x8002;
     /// Greatest APIC id and one, u16.
     pub const MAX_CPUS: u16 = 0xf;
     /// The list of files.
@@ -68,10 +70,14 @@ pub enum Error {
     Full,
 }
 
+/// What a file holds at the moment.
+type Make = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;
+
 #[derive(Clone, Default)]
 struct Item {
     bytes: Vec<u8>,
     writable: bool,
+    make: Option<Make>,
 }
 
 #[derive(Default)]
@@ -120,7 +126,7 @@ impl FwCfg {
     /// Sets what `key` (below [`key::FILE_FIRST`], or with bit 15 set for what is the architecture's own) holds. Numbers are
     /// little-endian.
     pub fn set(&self, key: u16, bytes: &[u8]) {
-        lock(&self.inner).keys.insert(key, Item { bytes: bytes.to_vec(), writable: false });
+        lock(&self.inner).keys.insert(key, Item { bytes: bytes.to_vec(), ..Item::default() });
     }
 
     /// Adds a file. To be done before the guest runs, for keys go by the order of names.
@@ -128,7 +134,20 @@ impl FwCfg {
     /// # Errors
     /// The name is no good.
     pub fn add_file(&self, name: &str, bytes: Vec<u8>) -> Result<(), Error> {
-        self.add(name, Item { bytes, writable: false })
+        self.add(name, Item { bytes, ..Item::default() })
+    }
+
+    /// Adds a file that `make` makes anew whenever the guest selects it: it tells of what firmware has done up to then. Its
+    /// size remains what it is now; what is shorter later has zeros after it.
+    ///
+    /// # Errors
+    /// The name is no good.
+    pub fn add_made_file(
+        &self,
+        name: &str,
+        make: impl Fn() -> Vec<u8> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        self.add(name, Item { bytes: make(), make: Some(Arc::new(make)), writable: false })
     }
 
     /// Adds a file that the guest may write, by DMA, within its size.
@@ -136,7 +155,7 @@ impl FwCfg {
     /// # Errors
     /// The name is no good.
     pub fn add_writable_file(&self, name: &str, bytes: Vec<u8>) -> Result<(), Error> {
-        self.add(name, Item { bytes, writable: true })
+        self.add(name, Item { bytes, writable: true, make: None })
     }
 
     /// What a file holds now.
@@ -190,7 +209,7 @@ impl FwCfg {
             bytes.extend(name.as_bytes());
             bytes.resize(end, 0);
         }
-        inner.keys.insert(key::FILE_DIR, Item { bytes, writable: false });
+        inner.keys.insert(key::FILE_DIR, Item { bytes, ..Item::default() });
     }
 
     /// Does what the descriptor at `at` says, and writes there how it went.
@@ -289,6 +308,13 @@ impl Inner {
     fn select(&mut self, key: u16) {
         self.state.key = key;
         self.state.offset = 0;
+        if let Some(item) = self.item_mut()
+            && let Some(make) = &item.make
+        {
+            let size = item.bytes.len();
+            item.bytes = make();
+            item.bytes.resize(size, 0);
+        }
     }
 
     fn item_mut(&mut self) -> Option<&mut Item> {

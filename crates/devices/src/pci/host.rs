@@ -202,6 +202,24 @@ impl Host {
         Ok(())
     }
 
+    /// Where the memory-mapped configuration space is, if firmware has not turned it off.
+    pub fn ecam(&self) -> Option<u64> {
+        *lock(&self.ecam)
+    }
+
+    /// Where functions' memory is now.
+    pub fn memory_bars(&self) -> Vec<Range<u64>> {
+        let slots = self.slots();
+        let bars = slots.iter().flat_map(|(_, slot)| {
+            let config = slot.function.config();
+            let memory = config.bars().filter(|(_, bar)| !matches!(bar, Bar::Io(_)));
+            memory.filter_map(|(n, bar)| {
+                config.placed(n, bar).map(|start| start..start.saturating_add(bar.size()))
+            })
+        });
+        bars.collect()
+    }
+
     /// The configuration spaces, and with them where the BARs are.
     pub fn state(&self) -> Saved<HostState> {
         let functions = self.slots().into_iter().map(|(at, slot)| (at, slot.function.config().state()));

@@ -53,6 +53,9 @@ const STATUS: u16 = EVENTS | 0x8010;
 const SCI_ENABLE: u16 = 1;
 const SLEEP_TYPE_SHIFT: u32 = 10;
 const SLEEP_ENABLE: u16 = 1 << 13;
+/// SMI enable: a write to the SMI command port is an SMI. Set from the start, as if firmware had been here before: by this
+/// firmware knows that there is no system management mode to prepare.
+const APM_SMI: u32 = 1 << 5;
 
 /// The block's registers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,7 +98,7 @@ impl Pm {
                     pm.settle(lock(&pm.state));
                 }
             });
-            let state = State { control: SCI_ENABLE, ..State::default() };
+            let state = State { control: SCI_ENABLE, smi_enable: APM_SMI, ..State::default() };
             Self { state: Mutex::new(state), sci, power, clock, timer }
         })
     }

@@ -1,0 +1,56 @@
+use super::*;
+use crate::testing::{batter, through_json};
+
+fn write(flash: &Flash, offset: u64, values: &[u8]) {
+    values.iter().for_each(|value| flash.write(offset, 1, (*value).into()));
+}
+
+#[test]
+fn programming_clears_bits_and_erasing_sets_a_block() {
+    let contents = Contents::in_memory(vec![0xff; 3 * 4096]);
+    let flash = Flash::new(contents.clone());
+    write(&flash, 0x1001, &[0x10, 0x0f]);
+    assert_eq!(flash.read(0, 1), status::READY.into());
+    write(&flash, 0x1001, &[0x40, 0x3c, 0xff]);
+    assert_eq!(flash.read(0x1000, 4), 0xffff_0cff, "what both had");
+    write(&flash, 0x1fff, &[0x20, 0x00]);
+    assert_eq!(flash.read(0x1001, 1), (status::READY | status::SEQUENCE).into(), "not confirmed");
+    write(&flash, 0x1fff, &[0x50, 0x20, 0xd0, 0xff]);
+    assert_eq!(flash.read(0x1000, 8), u64::MAX);
+}
+
+/// As OVMF looks for it: neither RAM nor ROM answers like this.
+#[test]
+fn it_is_told_from_ram_and_rom() {
+    let flash = Flash::new(Contents::in_memory(vec![0x5f; 4096]));
+    write(&flash, 7, &[0x50]);
+    assert_eq!(flash.read(7, 1), 0x5f);
+    write(&flash, 7, &[0x70]);
+    assert_eq!(flash.read(7, 1), 0);
+    write(&flash, 7, &[0x98]);
+    assert_eq!(flash.read(0x10, 2), u64::from(u16::from_le_bytes(*b"QR")));
+}
+
+#[test]
+fn a_file_keeps_it() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8192).unwrap();
+    let flash = Flash::new(Contents::in_file(file.try_clone().unwrap()).unwrap());
+    write(&flash, 4096, &[0x20, 0xd0, 0x10, 0xa5]);
+    let state = flash.state();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"x", 0).unwrap();
+    std::io::Seek::rewind(&mut &file).unwrap();
+    let again = Flash::new(Contents::in_file(file).unwrap());
+    assert_eq!(again.read(0, 1), b'x'.into());
+    assert_eq!(again.read(4096, 2), 0xffa5);
+    again.set_state(&through_json(&state));
+    assert_eq!(again.read(4096, 1), status::READY.into());
+    let odd = tempfile::tempfile().unwrap();
+    odd.set_len(4097).unwrap();
+    assert!(Contents::in_file(odd).is_err());
+}
+
+#[test]
+fn a_hostile_guest_is_bounded() {
+    batter(&*Flash::new(Contents::in_memory(vec![0; 2 * 4096])), 3 * 4096, 200_000, None);
+}
