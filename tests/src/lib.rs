@@ -1,6 +1,8 @@
 //! Running the `lodge` command as users do. `cargo xtask test` builds it; by hand: `cargo build --release` first.
 #![forbid(unsafe_code)]
 
+pub mod bootable;
+
 use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -70,6 +72,19 @@ impl Done {
     /// The exit status.
     pub fn code(&self) -> i32 {
         self.status.code().unwrap_or(-1)
+    }
+
+    /// The output as a terminal's user reads it, without control sequences.
+    pub fn text(&self) -> String {
+        let mut parts = self.out.split('\x1b');
+        let first = parts.next().unwrap_or_default().to_owned();
+        parts.fold(first, |text, part| {
+            let rest = match part.strip_prefix('[') {
+                Some(rest) => rest.trim_start_matches(|c: char| !c.is_ascii_alphabetic()),
+                None => part,
+            };
+            text + rest.get(1..).unwrap_or_default()
+        })
     }
 
     /// Fails unless the status is `code`.

@@ -1,17 +1,22 @@
 //! The system packages that tests and benchmarks need.
 
+use std::path::Path;
 use std::process::Stdio;
 
 use anyhow::{Result, bail};
 
 use crate::sh;
 
-/// Debian packages, with a program of each that tells whether it is there.
-const PACKAGES: [(&str, &str); 4] = [
+/// Debian packages, with a program or a file of each that tells whether it is there.
+const PACKAGES: [(&str, &str); 8] = [
     ("qemu-system-x86", "qemu-system-x86_64"),
     ("qemu-utils", "qemu-img"),
     ("gdb", "gdb"),
     ("binutils", "objcopy"),
+    ("grub-common", "grub-mkimage"),
+    ("grub-pc-bin", "/usr/lib/grub/i386-pc/boot.img"),
+    ("grub-efi-amd64-bin", "/usr/lib/grub/x86_64-efi/linux.mod"),
+    ("mtools", "mcopy"),
 ];
 
 /// Cargo tools: name, and the version that is installed where it is missing.
@@ -21,7 +26,10 @@ const TOOLS: [(&str, &str); 2] = [("nextest", "0.9"), ("deny", "0.20")];
 pub fn ensure() -> Result<()> {
     let missing: Vec<&str> = PACKAGES
         .iter()
-        .filter(|(_, program)| !sh::have(program, &["--version"]))
+        .filter(|(_, what)| match what.starts_with('/') {
+            true => !Path::new(what).exists(),
+            false => !sh::have(what, &["--version"]),
+        })
         .map(|(package, _)| *package)
         .collect();
     if missing.is_empty() {

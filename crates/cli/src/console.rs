@@ -71,9 +71,9 @@ impl Escapes {
     }
 }
 
-/// Reads standard input for ever, handing bytes to `guest` and escapes to `ask`. Input that is no terminal ends with
-/// Ctrl-D, so that a shell fed by a pipe ends.
-pub fn pump(raw: bool, guest: impl Fn(&[u8]), ask: impl Fn(Ask)) {
+/// Reads standard input for ever, handing bytes to `guest` and escapes to `ask`. With `tell_end` input that is no terminal
+/// ends with Ctrl-D, so that a shell fed by a pipe ends.
+pub fn pump(raw: bool, tell_end: bool, guest: impl Fn(&[u8]), ask: impl Fn(Ask)) {
     let mut stdin = std::io::stdin().lock();
     let mut buffer = [0; 4096];
     let mut escapes = Escapes::default();
@@ -91,7 +91,7 @@ pub fn pump(raw: bool, guest: impl Fn(&[u8]), ask: impl Fn(Ask)) {
         }
     }
     // A guest that does not listen yet loses the sign, so it is given again until the guest ends.
-    if !raw {
+    if !raw && tell_end {
         loop {
             guest(&[0x04]);
             std::thread::sleep(Duration::from_secs(1));

@@ -48,7 +48,9 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     }
     let power = vm.power().clone();
     watch_signals(&power)?;
-    read_input(raw.is_some(), &console, &power)?;
+    // Boot menus take any key as a wish to choose, the end of input included.
+    let tell_end = matches!(config.boot, Boot::Kernel { .. });
+    read_input(raw.is_some(), tell_end, &console, &power)?;
     let gdb = args.gdb.map(listen).transpose()?;
     if let (Some(listener), Some(address)) = (&gdb, args.gdb) {
         eprint!("Waiting for gdb; in gdb: target remote {address}\r\n");
@@ -140,13 +142,14 @@ fn watch_signals(power: &vm::Power) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn read_input(raw: bool, console: &Arc<Console>, power: &vm::Power) -> anyhow::Result<()> {
+fn read_input(raw: bool, tell_end: bool, console: &Arc<Console>, power: &vm::Power) -> anyhow::Result<()> {
     let (console, power) = (console.clone(), power.clone());
     std::thread::Builder::new()
         .name("input".into())
         .spawn(move || {
             console::pump(
                 raw,
+                tell_end,
                 |bytes| console.push(bytes),
                 |ask| match ask {
                     Ask::Quit => power.request(End::Stopped("the escape key")),

@@ -182,7 +182,11 @@ fn plug(
     console.attach(&com1, &pm);
 
     insert(ports, reset::FAST_A20, "port 92", reset::FastA20::new(power.clone()))?;
-    let i8042 = reset::I8042::new(irqs.line(1), irqs.line(12), power.clone());
+    let plugged = match config.boot {
+        Boot::Kernel { .. } => reset::Plugged::Nothing,
+        Boot::Firmware(_) => reset::Plugged::Keyboard,
+    };
+    let i8042 = reset::I8042::new(plugged, irqs.line(1), irqs.line(12), power.clone());
     insert(ports, reset::I8042_DATA, "8042", i8042.data())?;
     insert(ports, reset::I8042_COMMAND, "8042", i8042.command())?;
 

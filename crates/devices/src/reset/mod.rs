@@ -2,8 +2,9 @@
 //!
 //! * [`Control`]: the chipset's reset control register at port 0xcf9 (ICH9 data sheet, 13.7.5);
 //! * [`FastA20`]: system control port A at 0x92 (ICH9, 13.7.3);
-//! * [`I8042`]: the keyboard controller at 0x60 and 0x64. No keyboard or mouse is plugged in: what is sent to the keyboard
-//!   is answered by the controller with a time-out, at once, so that a driver need not wait.
+//! * [`I8042`]: the keyboard controller at 0x60 and 0x64. No mouse is plugged in, and a keyboard only for firmware, which
+//!   waits for one; nobody types on it. Without, what is sent to the keyboard is answered by the controller with a time-out,
+//!   at once, so that a driver need not wait.
 //!
 //! Address line 20 is never masked; the bits for it can be read back.
 
@@ -124,6 +125,7 @@ mod ctr {
     pub const SYSTEM: u8 = 4;
     pub const KEYBOARD_OFF: u8 = 0x10;
     pub const MOUSE_OFF: u8 = 0x20;
+    pub const TRANSLATE: u8 = 0x40;
 }
 /// Who sends a resend request when nobody is there to answer.
 const RESEND: u8 = 0xfe;
@@ -152,11 +154,24 @@ pub struct State {
     pub was_command: bool,
     /// What is to be read, oldest first.
     pub answers: VecDeque<Answer>,
+    /// The keyboard's command whose data byte comes next, or 0.
+    #[serde(default)]
+    pub keyboard_command: u8,
+}
+
+/// What is plugged in where the keyboard goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plugged {
+    /// Nothing.
+    Nothing,
+    /// A keyboard.
+    Keyboard,
 }
 
 /// The keyboard controller.
 #[derive(Debug)]
 pub struct I8042 {
+    plugged: Plugged,
     state: Mutex<State>,
     keyboard: Line,
     mouse: Line,
@@ -164,12 +179,19 @@ pub struct I8042 {
 }
 
 impl I8042 {
-    /// A controller with the interrupt lines of keyboard (1) and mouse (12), that resets by `power`.
-    pub fn new(keyboard: Line, mouse: Line, power: Power) -> Arc<Self> {
+    /// A controller with the interrupt lines of keyboard (1) and mouse (12), with `plugged` in place of the keyboard, that resets by `power`.
+    pub fn new(plugged: Plugged, keyboard: Line, mouse: Line, power: Power) -> Arc<Self> {
         let mut ram = vec![0; 32];
         ram[0] = ctr::SYSTEM | ctr::KEYBOARD_OFF | ctr::MOUSE_OFF;
-        let state = State { ram, output_port: 3, command: 0, was_command: false, answers: VecDeque::new() };
-        Arc::new(Self { state: Mutex::new(state), keyboard, mouse, power })
+        let state = State {
+            ram,
+            output_port: 3,
+            command: 0,
+            was_command: false,
+            answers: VecDeque::new(),
+            keyboard_command: 0,
+        };
+        Arc::new(Self { plugged, state: Mutex::new(state), keyboard, mouse, power })
     }
 
     /// The data port's registers.
@@ -245,7 +267,10 @@ impl I8042 {
             0xd4 => state.answer(RESEND, status::TIMEOUT | status::FROM_MOUSE),
             0 => {
                 state.ram[0] &= !ctr::KEYBOARD_OFF;
-                state.answer(RESEND, status::TIMEOUT);
+                match self.plugged {
+                    Plugged::Nothing => state.answer(RESEND, status::TIMEOUT),
+                    Plugged::Keyboard => state.keyboard(byte),
+                }
             }
             _ => {}
         }
@@ -257,6 +282,29 @@ impl State {
         if self.answers.len() < ANSWERS {
             self.answers.push_back(Answer { byte, status });
         }
+    }
+
+    /// A byte for the keyboard (IBM PS/2 Hardware Interface Technical Reference, Keyboards, "Commands").
+    fn keyboard(&mut self, byte: u8) {
+        const ACK: u8 = 0xfa;
+        let answers: &[u8] = match (std::mem::take(&mut self.keyboard_command), byte) {
+            // Which set of scan codes.
+            (0xf0, 0) => &[ACK, 2],
+            (1.., _) | (_, 0xf4..=0xf6) => &[ACK],
+            // Lights, scan codes, repetition: a data byte follows.
+            (_, 0xed | 0xf0 | 0xf3) => {
+                self.keyboard_command = byte;
+                &[ACK]
+            }
+            (_, 0xee) => &[0xee],
+            // Who it is, as the controller translates it.
+            (_, 0xf2) if self.ram[0] & ctr::TRANSLATE != 0 => &[ACK, 0xab, 0x41],
+            (_, 0xf2) => &[ACK, 0xab, 0x83],
+            // Reset, and the self-test went well.
+            (_, 0xff) => &[ACK, 0xaa],
+            _ => &[RESEND],
+        };
+        answers.iter().for_each(|answer| self.answer(*answer, 0));
     }
 
     fn status(&self) -> u8 {

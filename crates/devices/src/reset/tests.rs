@@ -2,9 +2,32 @@ use super::*;
 use crate::testing::{batter, probe, through_json};
 
 fn controller() -> (Arc<I8042>, Arc<crate::testing::Probe>, Power) {
+    controller_with(Plugged::Nothing)
+}
+
+fn controller_with(plugged: Plugged) -> (Arc<I8042>, Arc<crate::testing::Probe>, Power) {
     let (irq, pin) = probe();
     let power = Power::default();
-    (I8042::new(irq, Line::unconnected(), power.clone()), pin, power)
+    (I8042::new(plugged, irq, Line::unconnected(), power.clone()), pin, power)
+}
+
+#[test]
+fn a_keyboard_answers_what_firmware_asks() {
+    let (i8042, ..) = controller_with(Plugged::Keyboard);
+    let (data, command) = (i8042.data(), i8042.command());
+    for (asked, answers) in [
+        (0xff, vec![0xfa, 0xaa]),
+        (0xf2, vec![0xfa, 0xab, 0x83]),
+        (0xf0, vec![0xfa]),
+        (0, vec![0xfa, 2]),
+        (0x12, vec![0xfe]),
+    ] {
+        data.write(0, 1, asked);
+        for answer in answers {
+            assert_eq!((command.read(0, 1) & 1, data.read(0, 1)), (1, answer), "to {asked:#x}");
+        }
+        assert_eq!(command.read(0, 1) & 1, 0, "no more to {asked:#x}");
+    }
 }
 
 #[test]
@@ -85,7 +108,7 @@ fn a_hostile_guest_is_bounded_and_its_state_moves() {
             if offset == 0 { self.0.write(0, size, value) } else { self.1.write(0, size, value) }
         }
     }
-    let (i8042, ..) = controller();
+    let (i8042, ..) = controller_with(Plugged::Keyboard);
     batter(&Both(i8042.data(), i8042.command()), 2, 200_000, None);
     let (other, ..) = controller();
     other.set_state(&through_json(&i8042.state()));
