@@ -101,6 +101,23 @@ fn another_suite_and_other_files_can_be_chosen() {
 }
 
 #[test]
+fn firmware_is_the_hosts_own_or_comes_from_the_archive() {
+    let host = Host::new(LOCAL);
+    let mut archive = Archive::new(&host.archive, "test");
+    let files: [(&str, &[u8]); 2] =
+        [("usr/share/OVMF/OVMF_CODE_4M.fd", b"code"), ("usr/share/OVMF/OVMF_VARS_4M.fd", b"variables")];
+    archive.add("ovmf", "2022", "", &deb(&files));
+    archive.finish();
+    let found = images::firmware(&host.options(), images::Firmware::Uefi, &mut Silent).unwrap();
+    assert_eq!(read(&found.code), b"code");
+    assert_eq!(found.variables.map(|path| read(&path)), Some(b"variables".to_vec()));
+    let own = host.root.join("usr/share/seabios/bios-256k.bin");
+    write(&own, b"bios");
+    let found = images::firmware(&host.options(), images::Firmware::Bios, &mut Silent).unwrap();
+    assert_eq!(found, images::FirmwareFiles { code: own, variables: None });
+}
+
+#[test]
 fn a_mirror_that_is_named_goes_before_the_configuration() {
     let host = Host::new("deb file:/nowhere test main\n");
     Archive::standard(&host.archive, "stable", "6.1").finish();
