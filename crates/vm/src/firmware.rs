@@ -92,7 +92,8 @@ pub fn describe(
     fw_cfg.add_file("etc/smbios/smbios-anchor", entry)?;
     // Firmware reads these when it has found and placed the PCI devices.
     let cpus = config.cpus;
-    let files: [(&str, fn(ForFirmware) -> Vec<u8>); 3] = [
+    type Part = fn(ForFirmware) -> Vec<u8>;
+    let files: [(&str, Part); 3] = [
         (boot::acpi::TABLES, |f| f.tables),
         (boot::acpi::RSDP, |f| f.rsdp),
         (boot::acpi::LOADER, |f| f.loader),
