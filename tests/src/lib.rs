@@ -6,7 +6,7 @@ pub mod bootable;
 use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// The release build of the command.
@@ -109,18 +109,23 @@ pub fn start<S: AsRef<OsStr>>(args: &[S], input: &str) -> Running {
     start_with(Command::new(lodge()).args(args), input)
 }
 
-/// Starts a command.
+/// Starts a command, and types `input` into it, which ends there.
 pub fn start_with(command: &mut Command, input: &str) -> Running {
+    let (running, mut stdin) = start_typing(command);
+    // A guest that ends early closes the pipe.
+    let _ = stdin.write_all(input.as_bytes());
+    running
+}
+
+/// Starts a command that is typed into as it goes; its input ends when that is dropped.
+pub fn start_typing(command: &mut Command) -> (Running, ChildStdin) {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("lodge starts");
-    let mut stdin = child.stdin.take().expect("piped");
-    // A guest that ends early closes the pipe.
-    let _ = stdin.write_all(input.as_bytes());
-    drop(stdin);
+    let stdin = child.stdin.take().expect("piped");
     let mut stdout = child.stdout.take().expect("piped");
     let (sender, lines) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
@@ -141,7 +146,7 @@ pub fn start_with(command: &mut Command, input: &str) -> Running {
         let _ = stderr.read_to_end(&mut bytes);
         String::from_utf8_lossy(&bytes).into_owned()
     });
-    Running { child, reader, errors, lines }
+    (Running { child, reader, errors, lines }, stdin)
 }
 
 impl Running {

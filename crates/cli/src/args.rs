@@ -20,6 +20,8 @@ const RUN_EXAMPLES: &str = "\
 Examples:
   lodge run                                 a Debian kernel and a shell, fetched on first use
   lodge run tiny:trixie --cpus 2            the same with Debian 13's kernel, on two processors
+  lodge run debian                          a whole Debian 13, made on first use; thrown away at its end
+  lodge run debian:12 --name web --user ada a Debian 12 that stays, with a user of that name
   lodge run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'
   echo 'cat /proc/cpuinfo' | lodge run | grep 'model name'
   lodge run disk.qcow2                      a disk, by its own boot loader
@@ -94,11 +96,12 @@ pub enum Cpu {
 /// `lodge run`.
 #[derive(Debug, Args)]
 pub struct Run {
-    /// The guest: `tiny` (a Debian kernel and a shell), `tiny:SUITE` (tiny:trixie), `tiny:i386`, a disk image to boot from,
-    /// or a kernel file
+    /// The guest: `debian` (a whole Debian 13; `debian:12` and `debian:13` choose), `tiny` (a Debian kernel and a shell; also
+    /// `tiny:SUITE` and `tiny:i386`), a disk image to boot from, or a kernel file
     pub image: Option<String>,
 
-    /// What to call the virtual machine
+    /// What to call the virtual machine. One of a whole system is kept under this name, and starts again with `--name N` alone;
+    /// without a name it is thrown away at its end
     #[arg(long, value_name = "N")]
     pub name: Option<String>,
     /// What runs it [default: auto, or the configuration file's]
@@ -110,7 +113,7 @@ pub struct Run {
     /// The processor's model [default: v3 where the host has it, else v2]
     #[arg(long, value_enum)]
     pub cpu: Option<Cpu>,
-    /// Memory, such as 512M or 4G [default: 512M]
+    /// Memory, such as 512M or 4G [default: 512M, for whole systems 1G]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
 
@@ -121,6 +124,19 @@ pub struct Run {
     /// A CD-ROM drive with this image in it. May be given several times
     #[arg(long, value_name = "FILE.iso", help_heading = "Disks")]
     pub cdrom: Vec<PathBuf>,
+
+    /// The machine's name in the network [default: that of the virtual machine, or `debian`]
+    #[arg(long, value_name = "NAME", help_heading = "A whole system's first start")]
+    pub hostname: Option<String>,
+    /// A user to make, who may use sudo. The console is root's, and needs no password
+    #[arg(long, value_name = "NAME", help_heading = "A whole system's first start")]
+    pub user: Option<String>,
+    /// A public key by which root and that user may log in; may be given several times [default: ~/.ssh/*.pub]
+    #[arg(long, value_name = "FILE", help_heading = "A whole system's first start")]
+    pub ssh_key: Vec<PathBuf>,
+    /// A command to run as root; may be given several times
+    #[arg(long, value_name = "COMMAND", help_heading = "A whole system's first start")]
+    pub runcmd: Vec<String>,
 
     /// A kernel: Linux bzImage, ELF with a PVH note, or multiboot
     #[arg(long, value_name = "FILE", help_heading = "Boot", conflicts_with_all = ["image", "firmware"])]

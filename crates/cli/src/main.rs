@@ -10,6 +10,7 @@ mod host;
 mod progress;
 mod report;
 mod run;
+mod system;
 
 use std::process::ExitCode;
 

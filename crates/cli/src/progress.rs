@@ -8,16 +8,18 @@ pub struct Bars(Option<ProgressBar>);
 
 impl images::Progress for Bars {
     fn begin(&mut self, what: &str, total: Option<u64>) {
-        let template = match total {
-            Some(_) => "{msg:40!} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12}",
-            None => "{msg:40!} {spinner} {bytes:>10}",
-        };
-        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_message(what.to_string());
-        self.0 = Some(bar);
+        self.show(
+            what,
+            total,
+            match total {
+                Some(_) => "{msg:40!} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12}",
+                None => "{msg:40!} {spinner} {bytes:>10}",
+            },
+        );
+    }
+
+    fn begin_count(&mut self, what: &str, total: u64) {
+        self.show(what, Some(total), "{msg:40!} {bar:30} {pos:>10}/{len:<10} {elapsed:>12}");
     }
 
     fn advance(&mut self, bytes: u64) {
@@ -30,5 +32,17 @@ impl images::Progress for Bars {
         if let Some(bar) = self.0.take() {
             bar.finish_and_clear();
         }
+    }
+}
+
+impl Bars {
+    fn show(&mut self, what: &str, total: Option<u64>, template: &str) {
+        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(what.to_string());
+        bar.enable_steady_tick(std::time::Duration::from_millis(200));
+        self.0 = Some(bar);
     }
 }

@@ -17,6 +17,7 @@ use crate::console::{self, Ask, Raw};
 use crate::disk::Disk;
 use crate::progress::Bars;
 use crate::report::{Help, Usage};
+use crate::system;
 
 /// Exit statuses that are not the debug-exit port's, which are odd: see `args::EXIT_STATUS`.
 mod status {
@@ -164,25 +165,33 @@ fn read_input(raw: bool, tell_end: bool, console: &Arc<Console>, power: &vm::Pow
 /// Everything that the command line, the configuration file and the defaults say.
 fn configure(args: &Run) -> anyhow::Result<Config> {
     let file = config::Config::read()?;
+    let engine = match args.engine.or(file.engine).unwrap_or_default() {
+        Engine::Auto => Choice::Auto,
+        Engine::Kvm => Choice::Kvm,
+        Engine::Interpret => Choice::Interpret,
+        Engine::Translate => Choice::Translate,
+    };
+    let system = system::instance(args, file.mirror.as_deref(), engine)?;
     let memory = match (args.memory, &file.memory) {
         (Some(bytes), _) => bytes,
         (None, Some(text)) => crate::args::parse_size(text)
             .map_err(|e| Usage(format!("the configuration file's memory, \"{text}\", is no size: {e}")))?,
+        (None, None) if system.is_some() => 1 << 30,
         (None, None) => 512 << 20,
     };
     let disk = boot_disk(args)?;
-    let boot = match (&args.firmware, &disk) {
-        (None, None) => kernel(args, file.mirror.as_deref())?,
-        _ => Boot::Firmware(crate::firmware::open(args, args.mirror.clone().or(file.mirror))?),
+    let (boot, mut disks) = match (system, &args.firmware, &disk) {
+        (Some(system), ..) => (system.boot, system.disks),
+        (None, None, None) => (kernel(args, file.mirror.as_deref())?, Vec::new()),
+        (None, ..) => {
+            let firmware = crate::firmware::open(args, args.mirror.clone().or(file.mirror))?;
+            (Boot::Firmware(firmware), Vec::new())
+        }
     };
+    disks.extend(crate::disk::open(disk.iter().chain(&args.disk))?);
     Ok(Config {
         name: args.name.clone().unwrap_or_else(|| name_of(&boot)),
-        engine: match args.engine.or(file.engine).unwrap_or_default() {
-            Engine::Auto => Choice::Auto,
-            Engine::Kvm => Choice::Kvm,
-            Engine::Interpret => Choice::Interpret,
-            Engine::Translate => Choice::Translate,
-        },
+        engine,
         model: args.cpu.map(|cpu| match cpu {
             Cpu::V2 => Model::V2,
             Cpu::V3 => Model::V3,
@@ -192,7 +201,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         cpus: args.cpus.or(file.cpus).unwrap_or(1),
         memory,
         boot,
-        disks: crate::disk::open(disk.iter().chain(&args.disk))?,
+        disks,
         cdroms: crate::disk::open_cds(&args.cdrom)?,
         debug_exit: args.debug_exit,
         trace: args.trace.clone(),
@@ -252,7 +261,9 @@ fn kernel(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
         _ => {
             return Err(anyhow::Error::new(Usage(format!("there is no image called {image}"))).context(
                 Help(
-                    "images are: tiny, tiny:SUITE (such as tiny:trixie), tiny:i386, a disk image, or a kernel file".into(),
+                    "images are: debian, debian:12, debian:13, tiny, tiny:SUITE (such as tiny:trixie), tiny:i386, a disk image, \
+                     or a kernel file"
+                        .into(),
                 ),
             ));
         }

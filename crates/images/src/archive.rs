@@ -32,24 +32,12 @@ struct IndexFile {
     size: u64,
 }
 
-/// A package, and which of the archives has it.
-pub struct Found {
-    package: Package,
-    archive: usize,
-}
-
-impl AsRef<Package> for Found {
-    fn as_ref(&self) -> &Package {
-        &self.package
-    }
-}
-
 /// The archives that a guest comes from: a main one, and those of its security and other updates.
 pub struct Archives {
     fetcher: Fetcher,
     arch: String,
     list: Vec<Archive>,
-    found: Vec<Found>,
+    found: Vec<Package>,
     /// Names that were looked for in the indices.
     looked_for: Vec<String>,
 }
@@ -79,7 +67,7 @@ impl Archives {
     /// Finds the first of these packages that there is, in its newest version. A kernel's package without contents is
     /// followed to the one that has the kernel.
     /// `look_for` comes first.
-    pub fn package(&self, names: &[&str]) -> Result<&Found, Error> {
+    pub fn package(&self, names: &[&str]) -> Result<&Package, Error> {
         const KERNEL: &str = "linux-image-";
         let missing = || Error::NoPackage {
             archive: self.name(),
@@ -90,23 +78,42 @@ impl Archives {
         let mut found = first.ok_or_else(missing)?;
         // Debian's lead there in one step, Ubuntu's in up to three.
         for _ in 0..4 {
-            if !found.package.name.starts_with(KERNEL) {
+            if !found.name.starts_with(KERNEL) {
                 break;
             }
-            let Some((name, version)) = packages::leads_to(&found.package.depends, KERNEL) else { break };
+            let Some((name, version)) = packages::leads_to(&found.depends, KERNEL) else { break };
             found = packages::newest(&self.found, &name, version.as_deref()).ok_or_else(missing)?;
         }
         Ok(found)
     }
 
     /// Gives the packages' file, checked.
-    pub fn download(&self, found: &Found, path: &Path, progress: &mut dyn Progress) -> Result<File, Error> {
-        let Found { package, archive } = found;
-        let url = format!("{}/{}", self.list[*archive].uri, package.filename);
+    pub fn download(
+        &self,
+        package: &Package,
+        path: &Path,
+        progress: &mut dyn Progress,
+    ) -> Result<File, Error> {
         progress.begin(&format!("{} {}", package.name, package.version), Some(package.expected.size));
-        let file = self.fetcher.download(&url, &package.expected, path, progress);
+        let file = self.get(package, path, progress);
         progress.finish();
         file
+    }
+
+    /// As [`Archives::download`], as a part of a step of the caller's.
+    pub fn get(&self, package: &Package, path: &Path, progress: &mut dyn Progress) -> Result<File, Error> {
+        let url = format!("{}/{}", self.list[package.archive].uri, package.filename);
+        self.fetcher.download(&url, &package.expected, path, progress)
+    }
+
+    /// Reads the indices whole: every package of every archive.
+    pub fn everything(&mut self, progress: &mut dyn Progress) -> Result<Vec<Package>, Error> {
+        self.read(progress, |_| true)
+    }
+
+    /// Where the archives are and which of their suites are meant: `deb URI SUITE`, as in sources.list(5).
+    pub fn sources(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.list.iter().map(|archive| (archive.uri.as_str(), archive.suite.as_str()))
     }
 
     /// Reads the indices for packages of these names and for kernels, unless that was done.
@@ -116,22 +123,31 @@ impl Archives {
         }
         // Nearly every guest wants busybox too: one reading serves both.
         self.looked_for.extend(names.iter().chain(&["busybox-static"]).map(|name| (*name).to_owned()));
-        self.found.clear();
+        let looked_for = self.looked_for.clone();
+        self.found = self.read(progress, |name| {
+            name.starts_with("linux-image-") || looked_for.iter().any(|other| other == name)
+        })?;
+        Ok(())
+    }
+
+    fn read(
+        &mut self,
+        progress: &mut dyn Progress,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Vec<Package>, Error> {
+        let mut all = Vec::new();
         for (number, archive) in self.list.iter_mut().enumerate() {
             progress.begin(&format!("reading the index of {}", title(&archive.release)), None);
-            let looked_for = &self.looked_for;
-            let wanted =
-                |name: &str| name.starts_with("linux-image-") || looked_for.iter().any(|other| other == name);
-            let found = archive.read_index(wanted);
+            let found = archive.read_index(number, &wanted);
             progress.finish();
-            self.found.extend(found?.into_iter().map(|package| Found { package, archive: number }));
+            all.append(&mut found?);
         }
-        Ok(())
+        Ok(all)
     }
 }
 
 impl Archive {
-    fn read_index(&mut self, wanted: impl Fn(&str) -> bool) -> Result<Vec<Package>, Error> {
+    fn read_index(&mut self, number: usize, wanted: impl Fn(&str) -> bool) -> Result<Vec<Package>, Error> {
         let unreadable = |error: &dyn std::fmt::Display| Error::Archive {
             url: format!("{}/dists/{}", self.uri, self.suite),
             problem: format!("has an index that cannot be read ({error})"),
@@ -139,7 +155,8 @@ impl Archive {
         let IndexFile { file, name, size } = &mut self.index;
         file.rewind().map_err(|error| unreadable(&error))?;
         let text = deb::decompress(name, BufReader::new(file), *size).map_err(|error| unreadable(&error))?;
-        packages::read(BufReader::with_capacity(64 << 10, text), wanted).map_err(|error| unreadable(&error))
+        packages::read(BufReader::with_capacity(64 << 10, text), number, wanted)
+            .map_err(|error| unreadable(&error))
     }
 }
 

@@ -5,6 +5,7 @@
 //! partial/        downloads under way, by digest: an interrupted one goes on where it was
 //! files/          <digest>-<name>: complete and never changed
 //! records/        <key>.json: which files a package or a guest is made of
+//! systems/        whole systems on disks, each a directory, made by the crate `systems`
 //! ```
 //!
 //! Files and records appear by rename, whole and on disk, or not at all.
@@ -45,7 +46,7 @@ pub struct Made {
     pub stored: Stored,
 }
 
-/// A directory of fetched things.
+/// A directory of fetched things: the user's, which all processes share.
 #[derive(Debug, Clone)]
 pub struct Cache {
     dir: PathBuf,
@@ -70,8 +71,13 @@ impl Cache {
         Ok(Self { dir: dir.ok_or(Error::NoCacheDir)? })
     }
 
+    /// Where whole systems are kept.
+    pub fn systems(&self) -> PathBuf {
+        self.dir.join("systems")
+    }
+
     /// The record `key`, if there is a sound one.
-    pub fn record<T: DeserializeOwned>(&self, key: &str) -> Option<T> {
+    pub(crate) fn record<T: DeserializeOwned>(&self, key: &str) -> Option<T> {
         let mut bytes = Vec::new();
         let file = File::open(self.record_path(key)).ok()?;
         file.take(LARGEST_RECORD).read_to_end(&mut bytes).ok()?;
@@ -79,7 +85,7 @@ impl Cache {
     }
 
     /// The path of a stored file, if it is there and is what it was when it was stored.
-    pub fn path(&self, stored: &Stored) -> Option<PathBuf> {
+    pub(crate) fn path(&self, stored: &Stored) -> Option<PathBuf> {
         if stored.file.contains('/') || stored.file.starts_with('.') {
             return None;
         }
@@ -91,7 +97,7 @@ impl Cache {
 
     /// Waits until no other process fetches into this cache.
     pub fn lock(&self, progress: &mut dyn Progress) -> Result<Lock, Error> {
-        for dir in ["partial", "files", "records"] {
+        for dir in ["partial", "files", "records", "systems"] {
             let dir = self.dir.join(dir);
             fs::create_dir_all(&dir).map_err(Error::cache(&dir))?;
         }
@@ -116,12 +122,12 @@ impl Cache {
     }
 
     /// Where to download a file of this digest to. The lock is to be held.
-    pub fn partial(&self, sha256: &str, _lock: &Lock) -> PathBuf {
+    pub(crate) fn partial(&self, sha256: &str, _lock: &Lock) -> PathBuf {
         self.dir.join("partial").join(sha256)
     }
 
     /// Keeps `bytes` as a file whose name ends in `name`.
-    pub fn store(&self, name: &str, bytes: &[u8], _lock: &Lock) -> Result<Stored, Error> {
+    pub(crate) fn store(&self, name: &str, bytes: &[u8], _lock: &Lock) -> Result<Stored, Error> {
         let sha256 = sha256(bytes);
         let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.+".contains(c) { c } else { '-' };
         let name: String = name.chars().map(plain).take(100).collect();
@@ -133,7 +139,7 @@ impl Cache {
     }
 
     /// Writes the record `key`, and clears away what no record needs any more.
-    pub fn set_record(&self, key: &str, record: &impl Serialize, lock: &Lock) -> Result<(), Error> {
+    pub(crate) fn set_record(&self, key: &str, record: &impl Serialize, lock: &Lock) -> Result<(), Error> {
         let path = self.record_path(key);
         let bytes = serde_json::to_vec_pretty(record).map_err(|error| Error::cache(&path)(error.into()))?;
         self.write(&path, &bytes)?;

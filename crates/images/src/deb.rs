@@ -6,8 +6,12 @@ use std::io::{self, BufReader, Read};
 
 /// No file that we take out of a package is larger (kernels have some 15 MB).
 const LARGEST_FILE: u64 = 256 << 20;
+/// No `control.tar` is larger (the kernels' have some 100 KB), packed or not.
+const LARGEST_CONTROL: u64 = 16 << 20;
 /// No package unpacks to more (the largest kernel packages have 500 MB).
 const LARGEST_PACKAGE: u64 = 4 << 30;
+/// No kernel module unpacks to more.
+const LARGEST_MODULE: u64 = 64 << 20;
 /// Longest path, as in Linux.
 const LONGEST_PATH: u64 = 4096;
 /// The most memory that unpacking xz may take; `xz -9` takes 65 MB.
@@ -54,10 +58,53 @@ pub struct DebFile {
     pub data: Vec<u8>,
 }
 
+impl DebFile {
+    /// The kernel module in it, unpacked: some packages have them compressed.
+    pub fn module(&self) -> Result<Vec<u8>, DebError> {
+        let mut bytes = Vec::new();
+        decompress(&self.path, &self.data[..], LARGEST_MODULE)?.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
 /// A package, opened.
 pub struct Deb<R> {
     data: R,
     compression: Compression,
+    /// `control.tar`, as it is in the package.
+    control: (Compression, Vec<u8>),
+}
+
+/// One thing in a package's tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its path without a leading `/` or `./`; empty for the root directory.
+    pub path: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Its permission bits.
+    pub mode: u32,
+    /// The owner's number.
+    pub uid: u64,
+    /// The group's number.
+    pub gid: u64,
+    /// When it was changed, in seconds since 1970.
+    pub mtime: u64,
+    /// Bytes in it, if it is a file.
+    pub size: u64,
+}
+
+/// The kinds of things in a package's tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link, and what it says.
+    Symlink(String),
+    /// Another name of the file with this path.
+    Link(String),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +123,12 @@ impl Compression {
             "zst" => Self::Zstd,
             _ => return None,
         })
+    }
+
+    /// That of a member of a package, by its name.
+    fn of_member(name: &str, plain: &str) -> Result<Self, DebError> {
+        let compression = if name == plain { Some(Self::None) } else { Self::of(name) };
+        compression.ok_or(DebError::Malformed("its compression is not known"))
     }
 
     fn reader<'a>(self, input: impl Read + 'a) -> Result<Box<dyn Read + 'a>, DebError> {
@@ -105,18 +158,29 @@ impl<R: Read> Deb<io::Take<R>> {
         if &magic != b"!<arch>\n" {
             return Err(DebError::Malformed("it is no ar archive"));
         }
+        let mut control = (Compression::None, Vec::new());
         // Three members in a sound package; a few more may come before the data.
         for _ in 0..16 {
             let mut header = [0; 60];
             input.read_exact(&mut header).map_err(|_| DebError::Malformed("it has no data.tar"))?;
             let (name, size) = member(&header)?;
             if name.starts_with("data.tar") {
-                let compression =
-                    if name == "data.tar" { Some(Compression::None) } else { Compression::of(&name) };
-                let compression = compression.ok_or(DebError::Malformed("its compression is not known"))?;
-                return Ok(Self { data: input.take(size), compression });
+                let compression = Compression::of_member(&name, "data.tar")?;
+                return Ok(Self { data: input.take(size), compression, control });
             }
-            let padded = size + size % 2;
+            let padded = size.saturating_add(size % 2);
+            if name.starts_with("control.tar") {
+                if size > LARGEST_CONTROL {
+                    return Err(DebError::TooLarge { path: name, size });
+                }
+                control.0 = Compression::of_member(&name, "control.tar")?;
+                input.by_ref().take(padded).read_to_end(&mut control.1)?;
+                if control.1.len() as u64 != padded {
+                    return Err(DebError::Malformed("it ends too early"));
+                }
+                control.1.truncate(size as usize);
+                continue;
+            }
             let skipped = io::copy(&mut input.by_ref().take(padded), &mut io::sink())?;
             if skipped != padded {
                 return Err(DebError::Malformed("it ends too early"));
@@ -127,53 +191,100 @@ impl<R: Read> Deb<io::Take<R>> {
 
     /// The regular files that `choose` takes, by path. Links and other kinds are never offered.
     pub fn files(self, mut choose: impl FnMut(&str) -> Choice) -> Result<Vec<DebFile>, DebError> {
-        let unpacked = self.compression.reader(BufReader::new(self.data))?.take(LARGEST_PACKAGE);
-        let mut archive = tar::Archive::new(unpacked);
         let mut found = Vec::new();
-        let mut long_name: Option<Vec<u8>> = None;
-        // Raw entries: the library would read extended names of any length into memory.
-        for entry in archive.entries()?.raw(true) {
-            let mut entry = entry?;
-            let kind = entry.header().entry_type();
-            if kind.is_gnu_longname() || kind.is_pax_local_extensions() {
-                let mut bytes = Vec::new();
-                if entry.size() <= 4 * LONGEST_PATH {
-                    entry.read_to_end(&mut bytes)?;
-                }
-                if kind.is_gnu_longname() {
-                    bytes.retain(|byte| *byte != 0);
-                    long_name = Some(bytes);
-                } else {
-                    long_name = pax_path(&bytes).or(long_name);
-                }
-                continue;
+        self.walk(|entry, data| {
+            let choice = if entry.kind == Kind::File { choose(&entry.path) } else { Choice::Skip };
+            if choice != Choice::Skip {
+                found.push(take(entry, data)?);
             }
-            let name = long_name.take().unwrap_or_else(|| entry.path_bytes().into_owned());
-            if !kind.is_file() {
-                continue;
-            }
-            let path = inside(&name)?;
-            let choice = choose(&path);
-            if choice == Choice::Skip {
-                continue;
-            }
-            let size = entry.size();
-            if size > LARGEST_FILE {
-                return Err(DebError::TooLarge { path, size });
-            }
-            let mut data = Vec::new();
-            entry.read_to_end(&mut data)?;
-            if data.len() as u64 != size {
-                return Err(DebError::Malformed("it ends too early"));
-            }
-            let mode = entry.header().mode().unwrap_or(0o644) & 0o7777;
-            found.push(DebFile { path, mode, data });
-            if choice == Choice::TakeAndStop {
-                break;
-            }
-        }
+            Ok(choice != Choice::TakeAndStop)
+        })?;
         Ok(found)
     }
+
+    /// The files that dpkg keeps of the package: `control`, maintainer scripts and lists.
+    pub fn control(&self) -> Result<Vec<DebFile>, DebError> {
+        let mut found = Vec::new();
+        walk(self.control.0.reader(&self.control.1[..])?.take(LARGEST_CONTROL), |entry, data| {
+            if entry.kind == Kind::File {
+                found.push(take(entry, data)?);
+            }
+            Ok(true)
+        })?;
+        Ok(found)
+    }
+
+    /// Shows everything in the package's tree to `visit`, in its order, each file with what is in it, until that says `false`.
+    pub fn walk(
+        self,
+        visit: impl FnMut(&Entry, &mut dyn Read) -> Result<bool, DebError>,
+    ) -> Result<(), DebError> {
+        walk(self.compression.reader(BufReader::new(self.data))?.take(LARGEST_PACKAGE), visit)
+    }
+}
+
+/// A file with all that is in it.
+fn take(entry: &Entry, data: &mut dyn Read) -> Result<DebFile, DebError> {
+    if entry.size > LARGEST_FILE {
+        return Err(DebError::TooLarge { path: entry.path.clone(), size: entry.size });
+    }
+    let mut bytes = Vec::new();
+    data.read_to_end(&mut bytes)?;
+    if bytes.len() as u64 != entry.size {
+        return Err(DebError::Malformed("it ends too early"));
+    }
+    Ok(DebFile { path: entry.path.clone(), mode: entry.mode, data: bytes })
+}
+
+/// Reads a tar archive of a package.
+fn walk(
+    unpacked: impl Read,
+    mut visit: impl FnMut(&Entry, &mut dyn Read) -> Result<bool, DebError>,
+) -> Result<(), DebError> {
+    let mut archive = tar::Archive::new(unpacked);
+    let (mut long_name, mut long_link): (Option<Vec<u8>>, Option<Vec<u8>>) = (None, None);
+    // Raw entries: the library would read extended names of any length into memory.
+    for entry in archive.entries()?.raw(true) {
+        let mut entry = entry?;
+        let kind = entry.header().entry_type();
+        if kind.is_gnu_longname() || kind.is_gnu_longlink() || kind.is_pax_local_extensions() {
+            let mut bytes = Vec::new();
+            if entry.size() <= 4 * LONGEST_PATH {
+                entry.read_to_end(&mut bytes)?;
+            }
+            if kind.is_pax_local_extensions() {
+                long_name = pax(&bytes, b"path=").or(long_name);
+                long_link = pax(&bytes, b"linkpath=").or(long_link);
+                continue;
+            }
+            bytes.retain(|byte| *byte != 0);
+            *(if kind.is_gnu_longname() { &mut long_name } else { &mut long_link }) = Some(bytes);
+            continue;
+        }
+        let name = long_name.take().unwrap_or_else(|| entry.path_bytes().into_owned());
+        let link = long_link.take().or_else(|| Some(entry.link_name_bytes()?.into_owned()));
+        let kind = match kind {
+            kind if kind.is_file() => Kind::File,
+            kind if kind.is_dir() => Kind::Directory,
+            kind if kind.is_symlink() => Kind::Symlink(utf8(&link.unwrap_or_default())?.to_owned()),
+            kind if kind.is_hard_link() => Kind::Link(inside(&link.unwrap_or_default())?),
+            _ => continue,
+        };
+        let header = entry.header();
+        let one = Entry {
+            path: inside(&name)?,
+            kind,
+            mode: header.mode().unwrap_or(0o644) & 0o7777,
+            uid: header.uid().unwrap_or(0),
+            gid: header.gid().unwrap_or(0),
+            mtime: header.mtime().unwrap_or(0),
+            size: entry.size(),
+        };
+        if !visit(&one, &mut entry)? {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Name and size of an ar member.
@@ -188,20 +299,25 @@ fn member(header: &[u8; 60]) -> Result<(String, u64), DebError> {
     Ok((name, size))
 }
 
-/// The path that a pax extended header states: records of `LENGTH key=value\n`.
-fn pax_path(records: &[u8]) -> Option<Vec<u8>> {
-    let path = records.split(|byte| *byte == b'\n').find_map(|record| {
+/// The value of a `key=` in a pax extended header: records of `LENGTH key=value\n`.
+fn pax(records: &[u8], key: &[u8]) -> Option<Vec<u8>> {
+    let value = records.split(|byte| *byte == b'\n').find_map(|record| {
         let after = &record[record.iter().position(|byte| *byte == b' ')? + 1..];
-        after.strip_prefix(b"path=")
+        after.strip_prefix(key)
     });
-    path.map(<[u8]>::to_vec)
+    value.map(<[u8]>::to_vec)
+}
+
+fn utf8(text: &[u8]) -> Result<&str, DebError> {
+    let text = std::str::from_utf8(text).map_err(|_| DebError::Malformed("a path is not UTF-8"))?;
+    if text.contains('\0') { Err(DebError::Malformed("a path has a zero byte")) } else { Ok(text) }
 }
 
 /// The path in its plain form, if it stays inside the root directory.
 fn inside(name: &[u8]) -> Result<String, DebError> {
-    let name = std::str::from_utf8(name).map_err(|_| DebError::Malformed("a path is not UTF-8"))?;
+    let name = utf8(name)?;
     let parts: Vec<&str> = name.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
-    if parts.contains(&"..") || name.contains('\0') {
+    if parts.contains(&"..") {
         return Err(DebError::Malformed("a path leads out of it"));
     }
     Ok(parts.join("/"))
@@ -257,6 +373,46 @@ mod tests {
         let names: Vec<_> = found.iter().map(|file| file.path.as_str()).collect();
         assert_eq!(names, ["a", &long, "pax/name"]);
         assert_eq!((found[0].mode, &found[0].data[..]), (0o755, &b"abc"[..]));
+    }
+
+    #[test]
+    fn the_whole_tree_can_be_walked() {
+        let link = |name: &str, kind: u8, to: &str| {
+            let mut bytes = entry(name, kind, 0, b"");
+            bytes[157..157 + to.len()].copy_from_slice(to.as_bytes());
+            let sum: u32 = bytes[..512].iter().map(|b| u32::from(*b)).sum::<u32>()
+                - bytes[148..156].iter().map(|b| u32::from(*b)).sum::<u32>()
+                + 8 * 32;
+            bytes[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            bytes
+        };
+        let tar = [
+            entry("./", b'5', 0, b""),
+            entry("./a", b'0', 3, b"abc"),
+            link("./b", b'1', "./a"),
+            link("./c", b'2', "../x"),
+            entry("./fifo", b'6', 0, b""),
+        ]
+        .concat();
+        let mut seen = Vec::new();
+        let deb = ar(&tar, tar.len() as u64);
+        let deb = Deb::new(&deb[..]).unwrap();
+        deb.walk(|entry, data| {
+            let mut text = String::new();
+            data.read_to_string(&mut text)?;
+            seen.push((entry.path.clone(), entry.kind.clone(), text));
+            Ok(true)
+        })
+        .unwrap();
+        let expected = [
+            ("", Kind::Directory, ""),
+            ("a", Kind::File, "abc"),
+            ("b", Kind::Link("a".into()), ""),
+            ("c", Kind::Symlink("../x".into()), ""),
+        ];
+        assert_eq!(seen, expected.map(|(path, kind, data)| (path.to_owned(), kind, data.to_owned())));
+        let tar = link("./b", b'1', "../a");
+        assert!(files(&tar).is_err(), "a hard link that leads out");
     }
 
     #[test]

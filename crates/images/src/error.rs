@@ -79,6 +79,18 @@ pub enum Error {
         /// For which architecture.
         arch: String,
     },
+    /// The packages of a system do not fit together.
+    #[error(
+        "the archive {archive} is not whole: {package} needs {needs}, which is not in it; choose another mirror or suite"
+    )]
+    Unmet {
+        /// Which archive.
+        archive: String,
+        /// Which package, or `the system`.
+        package: String,
+        /// What it needs.
+        needs: String,
+    },
     /// A package does not have a file that was asked for.
     #[error("the package {package} has no file {file}; choose another kernel package")]
     NoFile {

@@ -300,7 +300,7 @@ pub(crate) fn sha256_of(input: &mut (impl Read + Seek)) -> io::Result<String> {
 }
 
 /// The SHA-256 of `bytes`, in hexadecimal.
-pub(crate) fn sha256(bytes: &[u8]) -> String {
+pub fn sha256(bytes: &[u8]) -> String {
     hexadecimal(&Sha256::digest(bytes))
 }
 

@@ -14,7 +14,7 @@ pub fn index(data: &[u8]) {
         let _ = (release.dates(), release.version(), release.codename(), release.by_hash());
         let _ = (release.is_of_suite("stable"), release.has_component("main"), release.file("main/Packages"));
     }
-    let found = packages::read(data, |_| true).unwrap_or_default();
+    let found = packages::read(data, 0, |_| true).unwrap_or_default();
     for pair in found.windows(2) {
         let _ = packages::leads_to(&pair[0].depends, "linux-image-");
         let order = packages::compare_versions(&pair[0].version, &pair[1].version);

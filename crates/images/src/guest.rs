@@ -17,21 +17,13 @@ const SESSION: &str = include_str!("guest/session.sh");
 /// The kernel's command line. Without the self-tests of its cryptography, which take half of the start where every
 /// instruction is executed by software, and which a system that keeps no secrets can do without.
 const CMDLINE: &str = "console=ttyS0 quiet cryptomgr.notests";
+/// Drivers of virtio disks, in the order in which they are loaded. Kernels may have them built in.
+pub const VIRTIO_MODULES: [&str; 6] =
+    ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
 /// Drivers of disks: what their folder is called, the module without which the others are of no use, and the modules in the
 /// order in which they are loaded. Kernels may have them built in.
 const DRIVERS: [(&str, &str, &[&str]); 3] = [
-    (
-        "virtio",
-        "virtio_blk",
-        &[
-            "virtio_ring",
-            "virtio",
-            "virtio_pci_legacy_dev",
-            "virtio_pci_modern_dev",
-            "virtio_pci",
-            "virtio_blk",
-        ],
-    ),
+    ("virtio", "virtio_blk", &VIRTIO_MODULES),
     (
         "sata",
         "ahci",

@@ -14,6 +14,7 @@
 
 pub mod apt;
 mod archive;
+mod bundle;
 mod cache;
 pub mod cpio;
 pub mod deb;
@@ -30,15 +31,19 @@ mod openpgp;
 mod packages;
 mod progress;
 mod release;
+mod resolve;
 mod source;
+pub mod tree;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use bundle::Bundle;
+pub use cache::{Cache, Lock};
 pub use error::Error;
-pub use fetch::FetchError;
+pub use fetch::{FetchError, sha256};
 pub use firmware::{Firmware, FirmwareFiles, firmware};
-pub use guest::{Guest, default_guest, initramfs, unpacked_kernel};
+pub use guest::{Guest, VIRTIO_MODULES, default_guest, initramfs, unpacked_kernel};
 pub use openpgp::SignatureError;
 pub use progress::{Progress, Silent};
 pub use source::{PackageFile, PackageFiles, Source};

@@ -15,15 +15,60 @@ pub struct Package {
     pub version: String,
     /// What it needs, as written.
     pub depends: String,
+    /// What has to be there before it is unpacked, as written.
+    pub pre_depends: String,
+    /// Other names that it stands for, as written.
+    pub provides: String,
+    /// How much every system wants it.
+    pub priority: Priority,
+    /// Whether a system without it would not work.
+    pub essential: bool,
     /// Where its file is, below the archive's URI.
     pub filename: String,
     /// Size and digest of that file.
     pub expected: Expected,
+    /// Which of the archives that are read has it.
+    pub archive: usize,
+}
+
+/// How much every system wants a package, most first (Debian Policy, 2.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    /// Without it dpkg may not work.
+    Required,
+    /// Expected on any Unix.
+    Important,
+    /// What a system with a terminal has.
+    Standard,
+    /// Everything else.
+    Optional,
+}
+
+impl Priority {
+    fn parse(text: &str) -> Self {
+        match text {
+            "required" => Self::Required,
+            "important" => Self::Important,
+            "standard" => Self::Standard,
+            _ => Self::Optional,
+        }
+    }
 }
 
 /// Reads an index and keeps the packages whose name passes `wanted`. Takes memory for these only.
-pub fn read(index: impl BufRead, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<Package>> {
-    const FIELDS: [&str; 6] = ["Package", "Version", "Depends", "Filename", "Size", "SHA256"];
+pub fn read(index: impl BufRead, archive: usize, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<Package>> {
+    const FIELDS: [&str; 10] = [
+        "Package",
+        "Version",
+        "Depends",
+        "Pre-Depends",
+        "Provides",
+        "Priority",
+        "Essential",
+        "Filename",
+        "Size",
+        "SHA256",
+    ];
     let mut found = Vec::new();
     for paragraph in Paragraphs::new(index, |field| FIELDS.contains(&field)) {
         let paragraph = paragraph?;
@@ -38,8 +83,13 @@ pub fn read(index: impl BufRead, wanted: impl Fn(&str) -> bool) -> io::Result<Ve
                 name: field("Package").to_owned(),
                 version: field("Version").to_owned(),
                 depends: field("Depends").to_owned(),
+                pre_depends: field("Pre-Depends").to_owned(),
+                provides: field("Provides").to_owned(),
+                priority: Priority::parse(field("Priority")),
+                essential: field("Essential") == "yes",
                 filename: filename.to_owned(),
                 expected,
+                archive,
             });
         }
     }
@@ -47,16 +97,10 @@ pub fn read(index: impl BufRead, wanted: impl Fn(&str) -> bool) -> io::Result<Ve
 }
 
 /// The newest package of this name, in exactly the version if one is given.
-pub fn newest<'a, T: AsRef<Package>>(packages: &'a [T], name: &str, version: Option<&str>) -> Option<&'a T> {
-    let same = packages.iter().filter(|one| one.as_ref().name == name);
-    let fits = same.filter(|one| version.is_none_or(|version| one.as_ref().version == version));
-    fits.max_by(|a, b| compare_versions(&a.as_ref().version, &b.as_ref().version))
-}
-
-impl AsRef<Package> for Package {
-    fn as_ref(&self) -> &Package {
-        self
-    }
+pub fn newest<'a>(packages: &'a [Package], name: &str, version: Option<&str>) -> Option<&'a Package> {
+    let same = packages.iter().filter(|one| one.name == name);
+    let fits = same.filter(|one| version.is_none_or(|version| one.version == version));
+    fits.max_by(|a, b| compare_versions(&a.version, &b.version))
 }
 
 /// Where a package without contents leads: the first dependency whose name begins with `prefix`, and the version that
@@ -166,7 +210,7 @@ mod tests {
         };
         let index =
             one("a", "pool/a.deb") + &one("b", "pool/../../b.deb") + &one("c", "/c") + &one("d", "./d.deb");
-        let found = read(index.as_bytes(), |name| name != "x").unwrap();
+        let found = read(index.as_bytes(), 0, |name| name != "x").unwrap();
         let files: Vec<_> = found.iter().map(|one| one.filename.as_str()).collect();
         assert_eq!(files, ["pool/a.deb", "d.deb"]);
     }

@@ -4,6 +4,10 @@
 pub trait Progress {
     /// A step begins: what it is, in a few words for people, and how many bytes it takes where that is known.
     fn begin(&mut self, what: &str, total: Option<u64>);
+    /// A step begins that takes so many smaller ones, each an `advance` by 1.
+    fn begin_count(&mut self, what: &str, total: u64) {
+        self.begin(what, Some(total));
+    }
     /// So many bytes more are done.
     fn advance(&mut self, bytes: u64);
     /// The step has ended, well or not.

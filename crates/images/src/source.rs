@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::Options;
 use crate::archive::Archives;
 use crate::cache::{Cache, Lock, Made, Stored};
-use crate::deb::{Choice, Deb};
+use crate::deb::{Choice, Deb, DebFile};
 use crate::error::Error;
 use crate::fetch::sha256;
 use crate::progress::Progress;
@@ -41,18 +41,12 @@ pub struct PackageFile {
     pub sha256: String,
 }
 
-/// Bytes of a kernel module at most.
-const MODULE: u64 = 64 << 20;
-
 impl PackageFile {
     /// The kernel module in it, unpacked: some packages have them compressed.
     pub fn module(&self) -> Result<Vec<u8>, Error> {
-        let packed = std::fs::read(&self.stored).map_err(Error::cache(&self.stored))?;
-        let mut bytes = Vec::new();
-        crate::deb::decompress(&self.path, packed.as_slice(), MODULE)
-            .and_then(|mut from| Ok(from.read_to_end(&mut bytes)?))
-            .map_err(|source| Error::Package { package: self.path.clone(), source })?;
-        Ok(bytes)
+        let data = std::fs::read(&self.stored).map_err(Error::cache(&self.stored))?;
+        let file = DebFile { path: self.path.clone(), mode: self.mode, data };
+        file.module().map_err(|source| Error::Package { package: self.path.clone(), source })
     }
 }
 
@@ -134,7 +128,7 @@ impl<'a> Source<'a> {
         };
         archives.look_for(packages, progress)?;
         let found = archives.package(packages)?;
-        let package = found.as_ref().clone();
+        let package = found.clone();
         let partial = cache.partial(&package.expected.sha256, lock);
         let file = archives.download(found, &partial, progress)?;
         progress.begin(&format!("unpacking {}", package.name), None);
@@ -214,7 +208,7 @@ fn lost(key: &str) -> Error {
 fn take(
     package: impl std::io::Read,
     patterns: &[&str],
-) -> Result<Vec<Option<crate::deb::DebFile>>, crate::deb::DebError> {
+) -> Result<Vec<Option<DebFile>>, crate::deb::DebError> {
     let mut paths: Vec<Option<String>> = vec![None; patterns.len()];
     let choose = |path: &str| {
         let mut choice = Choice::Skip;

@@ -1,0 +1,170 @@
+//! What one VM has of a system: an overlay over the base's disk, and its seed.
+//!
+//! A VM with a name has a directory, with all that it needs: it outlives the cache.
+//!
+//! ```text
+//! vms/NAME/base.qcow2, vmlinuz, initrd.img   the base's, as further names of its files
+//! vms/NAME/disk.qcow2                        the overlay: all that the VM has written
+//! vms/NAME/seed.img                          name, user, keys
+//! vms/NAME/vm.json                           what else is to be known
+//! ```
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use disks::{Disk, Format, Options};
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+use crate::base::Base;
+use crate::build::{INITRD, KERNEL};
+use crate::seed::{self, Settings, is_name};
+
+/// What makes a directory that of a VM with a system of ours.
+const ABOUT: &str = "vm.json";
+const OVERLAY: &str = "disk.qcow2";
+const SEED: &str = "seed.img";
+/// The base's disk.
+const BASE: &str = "base.qcow2";
+
+/// A VM's part of a system, ready to start.
+#[derive(Debug)]
+pub struct Instance {
+    /// What it starts with.
+    pub boot: vm::Boot,
+    /// Its disks: the system's, and the seed.
+    pub disks: Vec<vm::Disk>,
+    /// Its name in the network.
+    pub hostname: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct About {
+    /// systemd's machine ID, and cloud-init's instance ID.
+    id: String,
+    hostname: String,
+    cmdline: String,
+}
+
+/// Where VMs are kept: `$LODGE_DATA_DIR`, else `lodge` in `$XDG_DATA_HOME` or in `~/.local/share`.
+pub fn data_dir() -> Result<PathBuf, Error> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let absolute = |path: &PathBuf| path.is_absolute();
+    variable("LODGE_DATA_DIR")
+        .or_else(|| variable("XDG_DATA_HOME").filter(absolute).map(|base| base.join("lodge")))
+        .or_else(|| variable("HOME").map(|home| home.join(".local/share/lodge")))
+        .ok_or(Error::NoDataDir)
+}
+
+impl Instance {
+    /// A VM that is thrown away at its end: nothing of it has a name on the host, so nothing can stay behind.
+    pub fn throw_away(base: &Base, settings: &Settings) -> Result<Self, Error> {
+        settings.check()?;
+        let vms = vms()?;
+        let dir = tempfile::Builder::new().prefix(".new-").tempdir_in(&vms).map_err(Error::file(&vms))?;
+        let overlay = dir.path().join(OVERLAY);
+        disks::create(&overlay, Format::Qcow2, 0, Some(&base.disk))?;
+        let about = About::new(settings, "debian", base)?;
+        write_seed(dir.path(), settings, &about)?;
+        let disks = open(dir.path())?;
+        let boot = boot(&base.kernel, &base.initrd, &about);
+        // The disks are open; from here on they have no names.
+        let path = dir.path().to_owned();
+        dir.close().map_err(Error::file(path))?;
+        Ok(Self { boot, disks, hostname: about.hostname })
+    }
+
+    /// The VM `name`, if it was made.
+    pub fn find(name: &str) -> Result<Option<Self>, Error> {
+        if !is_name(name, 63) {
+            return Err(Error::Name(name.into()));
+        }
+        let dir = data_dir()?.join("vms").join(name);
+        let damaged = |reason: String| Error::Damaged { name: name.into(), path: dir.clone(), reason };
+        let text = match fs::read(dir.join(ABOUT)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(damaged(format!("{ABOUT}: {error}"))),
+        };
+        let about: About =
+            serde_json::from_slice(&text).map_err(|error| damaged(format!("{ABOUT}: {error}")))?;
+        let boot = boot(&dir.join(KERNEL), &dir.join(INITRD), &about);
+        Ok(Some(Self { boot, disks: open(&dir)?, hostname: about.hostname }))
+    }
+
+    /// The VM `name`, made now. It appears whole or not at all.
+    pub fn create(name: &str, base: &Base, settings: &Settings) -> Result<Self, Error> {
+        settings.check()?;
+        let vms = vms()?;
+        let dir = vms.join(name);
+        let work = tempfile::Builder::new().prefix(".new-").tempdir_in(&vms).map_err(Error::file(&vms))?;
+        let place = |from: &Path, name: &str| {
+            let to = work.path().join(name);
+            // Another name for the same file, or a copy where the cache is on another file system.
+            fs::hard_link(from, &to).or_else(|_| fs::copy(from, &to).map(|_| ())).map_err(Error::file(to))
+        };
+        place(&base.disk, BASE)?;
+        place(&base.kernel, KERNEL)?;
+        place(&base.initrd, INITRD)?;
+        disks::create(&work.path().join(OVERLAY), Format::Qcow2, 0, Some(&work.path().join(BASE)))?;
+        let about = About::new(settings, name, base)?;
+        write_seed(work.path(), settings, &about)?;
+        let text = serde_json::to_vec_pretty(&about).map_err(|error| Error::file(&dir)(error.into()))?;
+        fs::write(work.path().join(ABOUT), text).map_err(Error::file(&dir))?;
+        fs::rename(work.path(), &dir).map_err(Error::file(&dir))?;
+        let _ = work.keep();
+        Self::find(name)?.ok_or(Error::Name(name.into()))
+    }
+}
+
+impl About {
+    fn new(settings: &Settings, name: &str, base: &Base) -> Result<Self, Error> {
+        Ok(Self {
+            id: random_id()?,
+            hostname: settings.hostname.clone().unwrap_or_else(|| name.replace('_', "-")),
+            cmdline: base.cmdline.clone(),
+        })
+    }
+}
+
+/// The directory of all VMs.
+fn vms() -> Result<PathBuf, Error> {
+    let dir = data_dir()?.join("vms");
+    fs::create_dir_all(&dir).map_err(Error::file(&dir))?;
+    Ok(dir)
+}
+
+/// An ID in systemd's form: a UUID of version 4, in hexadecimal without dashes (machine-id(5)).
+fn random_id() -> Result<String, Error> {
+    const SOURCE: &str = "/dev/urandom";
+    let mut bytes = [0; 16];
+    File::open(SOURCE).and_then(|mut file| file.read_exact(&mut bytes)).map_err(Error::file(SOURCE))?;
+    bytes[6] = bytes[6] & 0x0F | 0x40;
+    bytes[8] = bytes[8] & 0x3F | 0x80;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn write_seed(dir: &Path, settings: &Settings, about: &About) -> Result<(), Error> {
+    let path = dir.join(SEED);
+    let bytes = seed::make(settings, &about.id, &about.hostname).map_err(Error::file(&path))?;
+    fs::write(&path, bytes).map_err(Error::file(&path))
+}
+
+fn open(dir: &Path) -> Result<Vec<vm::Disk>, Error> {
+    let open = |name: &str, format, read_only| -> Result<_, Error> {
+        let image = Disk::open(&dir.join(name), &Options { format: Some(format), read_only })?;
+        let serial = name.split('.').next().unwrap_or(name).into();
+        Ok(vm::Disk { image: Arc::new(image), serial, bus: vm::DiskBus::Virtio })
+    };
+    Ok(vec![open(OVERLAY, Format::Qcow2, false)?, open(SEED, Format::Raw, true)?])
+}
+
+fn boot(kernel: &Path, initrd: &Path, about: &About) -> vm::Boot {
+    vm::Boot::Kernel {
+        kernel: kernel.to_owned(),
+        initrd: vec![initrd.to_owned()],
+        cmdline: format!("{} systemd.machine_id={}", about.cmdline, about.id),
+    }
+}

@@ -1,0 +1,23 @@
+//! Whole systems on disks.
+//!
+//! A *base* is a system made once from a distribution's packages and kept in the cache: a disk image that nobody writes to, with a
+//! kernel and an initial RAM disk beside it. Lodge makes it with Lodge: the packages are unpacked on the host into one tar archive
+//! ([`images::tree`]), and a VM turns that into a file system and lets the packages configure themselves. So neither root nor any
+//! tool of the host's is needed.
+//!
+//! An [`Instance`] is what one VM has of it: an overlay over the base's disk, and a seed with its name, its users and keys.
+#![forbid(unsafe_code)]
+
+mod base;
+mod build;
+mod error;
+mod instance;
+mod layout;
+mod recipe;
+mod seed;
+
+pub use base::{Base, debian};
+pub use error::Error;
+pub use instance::{Instance, data_dir};
+pub use recipe::Release;
+pub use seed::Settings;

@@ -1,0 +1,143 @@
+//! A machine's seed: the file system from which it takes its name, users and keys at its first start, in the form that cloud-init
+//! calls NoCloud. The user-data are a script, which our own systems and cloud-init's understand alike.
+
+use std::fmt::Write as _;
+use std::io::{self, Cursor, Write};
+
+use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
+
+use crate::Error;
+
+/// Bytes of the file system.
+const SIZE: usize = 1 << 20;
+
+/// What a machine is told at its first start.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Its name in the network; the VM's own, else `debian`.
+    pub hostname: Option<String>,
+    /// A user that is made, who may become root by sudo.
+    pub user: Option<String>,
+    /// Public keys, by which that user and root may log in.
+    pub ssh_keys: Vec<String>,
+    /// Commands that are run as root, in this order.
+    pub commands: Vec<String>,
+}
+
+impl Settings {
+    /// Refuses names that are none.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if let Some(name) = self.hostname.as_ref().filter(|name| !is_name(name, 63)) {
+            return Err(Error::Name(name.clone()));
+        }
+        let small = |name: &str| {
+            is_name(name, 32)
+                && name.starts_with(|c: char| c.is_ascii_lowercase())
+                && !name.contains(|c: char| c.is_ascii_uppercase())
+        };
+        match self.user.as_ref().filter(|user| !small(user)) {
+            Some(user) => Err(Error::User(user.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// The script for the first start.
+    fn script(&self) -> String {
+        let mut text = String::from("#!/bin/sh\n# What `lodge run` was told of this machine.\n");
+        let mut line = |line: String| {
+            text += &line;
+            text.push('\n');
+        };
+        line("status=0".into());
+        if let Some(user) = &self.user {
+            line(format!("useradd --create-home --shell /bin/bash --groups sudo,adm {user} || status=$?"));
+            line(format!("echo '{user} ALL=(ALL) NOPASSWD:ALL' >/etc/sudoers.d/90-{user}"));
+            line(format!("chmod 440 /etc/sudoers.d/90-{user}"));
+        }
+        if !self.ssh_keys.is_empty() {
+            for user in ["root"].into_iter().chain(self.user.as_deref()) {
+                let home = format!("~{user}/.ssh");
+                line(format!("install -d -m 700 -o {user} -g {user} {home}"));
+                line(format!("cat >>{home}/authorized_keys <<'END-OF-KEYS'"));
+                self.ssh_keys.iter().for_each(|key| line(key.trim().replace('\n', " ")));
+                line("END-OF-KEYS".into());
+                line(format!("chown {user}:{user} {home}/authorized_keys"));
+                line(format!("chmod 600 {home}/authorized_keys"));
+            }
+        }
+        for command in &self.commands {
+            line(format!("sh -c {} || status=$?", quote(command)));
+        }
+        line("exit $status".into());
+        text
+    }
+}
+
+/// Makes the seed of the machine `id`.
+pub(crate) fn make(settings: &Settings, id: &str, hostname: &str) -> io::Result<Vec<u8>> {
+    let mut bytes = Cursor::new(vec![0; SIZE]);
+    fatfs::format_volume(&mut bytes, FormatVolumeOptions::new().volume_label(*b"CIDATA     "))?;
+    {
+        let volume = FileSystem::new(&mut bytes, FsOptions::new())?;
+        let root = volume.root_dir();
+        let mut meta = String::new();
+        let _ = write!(meta, "instance-id: {id}\nlocal-hostname: {hostname}\n");
+        for (name, text) in [("meta-data", meta), ("user-data", settings.script())] {
+            let mut file = root.create_file(name)?;
+            file.write_all(text.as_bytes())?;
+            file.flush()?;
+        }
+    }
+    Ok(bytes.into_inner())
+}
+
+/// Whether this is a name of letters, digits, `-` and `_`.
+pub(crate) fn is_name(text: &str, longest: usize) -> bool {
+    let plain = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
+    (1..=longest).contains(&text.len()) && text.bytes().all(plain) && !text.starts_with('-')
+}
+
+/// A word for the shell.
+fn quote(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn the_seed_holds_what_was_told() {
+        let settings = Settings {
+            hostname: None,
+            user: Some("ada".into()),
+            ssh_keys: vec!["ssh-ed25519 AAAA ada@host\n".into()],
+            commands: vec!["echo 'it works'".into()],
+        };
+        settings.check().unwrap();
+        let bytes = make(&settings, "id-1", "web").unwrap();
+        let volume = FileSystem::new(Cursor::new(bytes), FsOptions::new()).unwrap();
+        assert_eq!(volume.volume_label(), "CIDATA");
+        let read = |name: &str| {
+            let mut text = String::new();
+            volume.root_dir().open_file(name).unwrap().read_to_string(&mut text).unwrap();
+            text
+        };
+        assert_eq!(read("meta-data"), "instance-id: id-1\nlocal-hostname: web\n");
+        let script = read("user-data");
+        assert!(script.starts_with("#!/bin/sh\n") && script.contains("useradd"), "{script}");
+        assert!(script.contains("\nssh-ed25519 AAAA ada@host\nEND-OF-KEYS\n"), "{script}");
+        assert!(script.contains("sh -c 'echo '\\''it works'\\'''"), "{script}");
+    }
+
+    #[test]
+    fn names_that_a_shell_would_take_for_more_are_refused() {
+        for bad in ["", "a b", "$(x)", "-x", "a/b", "Ada", "9a", &"a".repeat(33)] {
+            let settings = Settings { user: Some(bad.into()), ..Settings::default() };
+            assert!(settings.check().is_err(), "{bad}");
+        }
+        let settings = Settings { hostname: Some("a;b".into()), ..Settings::default() };
+        assert!(settings.check().is_err());
+    }
+}

@@ -1,0 +1,97 @@
+//! Whole Debian systems: made from packages, started, shut down, started again.
+
+use std::io::Write;
+use std::process::Command;
+use std::time::Duration;
+
+use lodge_tests::{Done, Scratch, cached_guest, lodge, start_typing};
+
+/// Making the system takes minutes, and more where other tests run beside it.
+const MAKING: Duration = Duration::from_secs(900);
+const STARTING: Duration = Duration::from_secs(300);
+
+/// Starts `lodge run ARGS` with VMs kept in `data`, types `commands` at the prompt, and waits for the end.
+fn session(data: &Scratch, args: &[&str], patience: Duration, commands: &str) -> Done {
+    let mut command = Command::new(lodge());
+    command.args(["run", "--engine", "translate"]).args(args).env("LODGE_DATA_DIR", data.path());
+    let (running, mut input) = start_typing(&mut command);
+    running.line("login: root (automatic login)", patience);
+    // The shell reads it once it is there.
+    input.write_all(format!("{commands}\npoweroff\n").as_bytes()).unwrap();
+    let done = running.wait(STARTING).expect(0);
+    assert!(done.out.contains("Power down"), "{}", done.out);
+    done
+}
+
+/// What a line of output says after `key=`.
+fn value<'a>(done: &'a Done, key: &str) -> &'a str {
+    let value = |line: &'a str| line.strip_prefix(key)?.strip_prefix('=');
+    done.out.lines().find_map(value).unwrap_or_else(|| panic!("no {key}= in:\n{}", done.out))
+}
+
+#[test]
+fn debian_is_made_starts_shuts_down_and_starts_again() {
+    // It comes from the same archive.
+    if cached_guest().is_none() {
+        return;
+    }
+    let data = Scratch::new("debian");
+    let first = session(
+        &data,
+        &["debian:13", "--name", "web", "--user", "ada", "--runcmd", "date >/root/ran"],
+        MAKING,
+        "echo state=$(systemctl is-system-running --wait) failed=$(systemctl --failed --no-legend | wc -l)\n\
+         echo name=$(hostname) id=$(cat /etc/machine-id)\necho id=$(cat /etc/machine-id)\n\
+         echo user=$(id -nu ada) $(sudo -u ada sudo -n id -nu)\necho keys=$(cat /etc/ssh/*.pub | sha256sum)\n\
+         echo audit=$(dpkg --audit | wc -l) $(dpkg -l | grep -c ^ii)\n\
+         cp /root/ran /root/ran.first; echo kept >/root/file",
+    );
+    assert_eq!(value(&first, "state"), "running failed=0", "{}", first.out);
+    assert!(value(&first, "name").starts_with("web "), "{}", first.out);
+    assert_eq!(value(&first, "user"), "ada root", "{}", first.out);
+    let (audit, packages) = value(&first, "audit").split_once(' ').unwrap();
+    assert!(audit == "0" && packages.parse::<u32>().unwrap() > 100, "{}", first.out);
+
+    let again = session(
+        &data,
+        &["--name", "web"],
+        STARTING,
+        "echo id=$(cat /etc/machine-id)\necho keys=$(cat /etc/ssh/*.pub | sha256sum)\n\
+         echo file=$(cat /root/file)\ncmp /root/ran /root/ran.first && echo once=yes\n\
+         echo journal=$(dmesg | grep -c 'EXT4-fs.*recovery')",
+    );
+    for key in ["id", "keys"] {
+        assert_eq!(value(&again, key), value(&first, key), "{key}");
+    }
+    assert_eq!((value(&again, "file"), value(&again, "once")), ("kept", "yes"));
+    assert_eq!(value(&again, "journal"), "0", "the file system was shut down cleanly");
+
+    // Another machine, thrown away, is another; it finds nothing wrong with the first one's disk.
+    let disk = data.path().join("vms/web/disk.qcow2").display().to_string();
+    let other = session(
+        &data,
+        &["debian", "--disk", &format!("{disk},readonly")],
+        STARTING,
+        "echo id=$(cat /etc/machine-id)\necho name=$(hostname)\ne2fsck -fn /dev/vdc3; echo e2fsck=$?",
+    );
+    assert_ne!(value(&other, "id"), value(&first, "id"));
+    assert_eq!(value(&other, "name"), "debian");
+    assert_eq!(value(&other, "e2fsck"), "0", "{}", other.out);
+    let kept: Vec<_> = std::fs::read_dir(data.path().join("vms")).unwrap().flatten().collect();
+    assert_eq!(kept.len(), 1, "nothing is left of what was thrown away: {kept:?}");
+    let check = Command::new("qemu-img").args(["check", "-q", &disk]).status().unwrap();
+    assert!(check.success(), "qemu-img finds the overlay sound");
+
+    // What is said for the first start is refused later, and so are systems that there are not.
+    for (args, part) in [
+        (&["--name", "web", "--user", "bob"][..], "first start"),
+        (&["debian:99"], "debian:12"),
+        (&["debian", "--user", "no name"], "letters"),
+    ] {
+        let mut command = Command::new(lodge());
+        command.arg("run").args(args).env("LODGE_DATA_DIR", data.path());
+        let (running, _) = start_typing(&mut command);
+        let done = running.wait(STARTING);
+        assert!(done.code() != 0 && done.err.contains(part), "{args:?}: {}", done.err);
+    }
+}
