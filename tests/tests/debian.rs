@@ -16,7 +16,8 @@ fn session(data: &Scratch, args: &[&str], patience: Duration, commands: &str) ->
     command.args(["run", "--engine", "translate"]).args(args).env("LODGE_DATA_DIR", data.path());
     let (running, mut input) = start_typing(&mut command);
     running.line("login: root (automatic login)", patience);
-    // The shell reads it once it is there.
+    // What is typed before the prompt is there is thrown away.
+    running.line(":~# ", STARTING);
     input.write_all(format!("{commands}\npoweroff\n").as_bytes()).unwrap();
     let done = running.wait(STARTING).expect(0);
     assert!(done.out.contains("Power down"), "{}", done.out);
@@ -25,7 +26,8 @@ fn session(data: &Scratch, args: &[&str], patience: Duration, commands: &str) ->
 
 /// What a line of output says after `key=`.
 fn value<'a>(done: &'a Done, key: &str) -> &'a str {
-    let value = |line: &'a str| line.strip_prefix(key)?.strip_prefix('=');
+    // The shell ends the terminal's mode for pasting before it runs a command.
+    let value = |line: &'a str| line.trim_start_matches("\x1b[?2004l").strip_prefix(key)?.strip_prefix('=');
     done.out.lines().find_map(value).unwrap_or_else(|| panic!("no {key}= in:\n{}", done.out))
 }
 
