@@ -79,7 +79,7 @@ impl Instance {
     /// The VM `name`, if it was made.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
         if !is_name(name, 63) {
-            return Err(Error::Name(name.into()));
+            return Ok(None);
         }
         let dir = data_dir()?.join("vms").join(name);
         let damaged = |reason: String| Error::Damaged { name: name.into(), path: dir.clone(), reason };
@@ -97,6 +97,9 @@ impl Instance {
     /// The VM `name`, made now. It appears whole or not at all.
     pub fn create(name: &str, base: &Base, settings: &Settings) -> Result<Self, Error> {
         settings.check()?;
+        if !is_name(name, 63) {
+            return Err(Error::Name(name.into()));
+        }
         let vms = vms()?;
         let dir = vms.join(name);
         let work = tempfile::Builder::new().prefix(".new-").tempdir_in(&vms).map_err(Error::file(&vms))?;
