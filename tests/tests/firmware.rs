@@ -87,6 +87,21 @@ fn ovmf_starts_grub_and_its_variables_outlive_resets_and_power_offs() {
 }
 
 #[test]
+fn disks_start_on_every_bus_with_more_processors_than_one() {
+    for (kind, firmware, bus) in [(Kind::Bios, "bios", "sata"), (Kind::Uefi, "uefi", "nvme")] {
+        let scratch = Scratch::new(bus);
+        let Some(disk) = bootable::disk(&scratch, kind, "echo \"processors: $(nproc)\"\n", &[]) else {
+            return;
+        };
+        let mut command = Command::new(lodge());
+        command.args(["run", "--cpus", "2", "--firmware", firmware, "--disk"]);
+        command.arg(format!("{},bus={bus}", disk.display()));
+        let done = start_with(&mut command, "").wait(PATIENCE).expect(0);
+        assert!(done.out.contains("processors: 2"), "{bus}: {}", done.out);
+    }
+}
+
+#[test]
 fn mistakes_are_told() {
     let scratch = Scratch::new("firmware-errors");
     let nothing = scratch.file("nothing", &[0; 4096]);
