@@ -98,16 +98,10 @@ fn put(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     written
 }
 
-/// What belongs to the VM called `name`: in `$LODGE_DATA_DIR`, else below `$XDG_DATA_HOME` or `~/.local/share`.
+/// What belongs to the VM called `name`.
 fn directory(name: &str) -> anyhow::Result<PathBuf> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(plain) {
-        return Err(Usage(format!("\"{name}\" is no name for a virtual machine that keeps something")))
-            .context(Help("take letters, digits, hyphens, underscores and dots".into()));
+    if !systems::is_name(name, 63) {
+        return Err(Usage(systems::Error::Name(name.into()).to_string()).into());
     }
-    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let base = set("LODGE_DATA_DIR").or_else(|| set("XDG_DATA_HOME").map(|base| base.join("lodge")));
-    let base = base.or_else(|| set("HOME").map(|home| home.join(".local/share/lodge")));
-    let base = base.context("there is no place to keep UEFI variables in; set LODGE_DATA_DIR")?;
-    Ok(base.join("vms").join(name))
+    Ok(systems::data_dir()?.join("vms").join(name))
 }

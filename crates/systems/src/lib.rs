@@ -20,4 +20,4 @@ pub use base::{Base, debian};
 pub use error::Error;
 pub use instance::{Instance, data_dir};
 pub use recipe::Release;
-pub use seed::Settings;
+pub use seed::{Settings, is_name};

@@ -92,7 +92,7 @@ pub(crate) fn make(settings: &Settings, id: &str, hostname: &str) -> io::Result<
 }
 
 /// Whether this is a name of letters, digits, `-` and `_`.
-pub(crate) fn is_name(text: &str, longest: usize) -> bool {
+pub fn is_name(text: &str, longest: usize) -> bool {
     let plain = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
     (1..=longest).contains(&text.len()) && text.bytes().all(plain) && !text.starts_with('-')
 }
