@@ -312,3 +312,50 @@ impl Write for Lines {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Steps(Vec<String>);
+
+    impl Progress for Steps {
+        fn begin(&mut self, what: &str, total: Option<u64>) {
+            self.0.push(format!("{what} {total:?}"));
+        }
+        fn advance(&mut self, n: u64) {
+            self.0.push(format!("+{n}"));
+        }
+        fn finish(&mut self) {}
+    }
+
+    #[test]
+    fn the_console_tells_how_far_it_is_and_its_end_is_kept() {
+        let (to, news) = channel();
+        let mut lines = Lines { line: Vec::new(), to };
+        let mut said =
+            String::from("@lodge step one thing\r\n@lodge steps 7 other things\nprocessing: configure: a\n");
+        (0..100).for_each(|n| said += &format!("line {n}\n"));
+        // In pieces, and with a line that never ends.
+        for piece in said.as_bytes().chunks(7).chain([&[b'x'; 100_000][..]]) {
+            lines.write_all(piece).unwrap();
+        }
+        assert!(lines.line.len() <= 4096);
+        drop(lines);
+        let mut watch = Watch { step: String::new(), tail: VecDeque::new(), done: false };
+        let mut steps = Steps::default();
+        for one in news {
+            match one {
+                News::Line(line) => watch.line(line, &mut steps),
+                News::Ended(_) => unreachable!(),
+            }
+        }
+        assert_eq!(steps.0, ["one thing None", "other things Some(7)", "+1"]);
+        assert_eq!((watch.step.as_str(), watch.done), ("other things", false));
+        assert_eq!(watch.tail.len(), TAIL);
+        assert_eq!(watch.tail.back().map(String::as_str), Some("line 99"));
+        watch.line("@lodge done".into(), &mut steps);
+        assert!(watch.done);
+    }
+}

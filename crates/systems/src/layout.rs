@@ -67,3 +67,34 @@ fn partition(mut device: impl gpt::DiskDevice) -> Result<u64, GptError> {
     table.write()?;
     Ok(esp)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use disks::{Format, Options};
+
+    #[test]
+    fn the_tables_and_the_efi_system_partition_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        let size = 128 * MIB;
+        disks::create(&path, Format::Raw, size, None).unwrap();
+        let disk = Disk::open(&path, &Options { format: Some(Format::Raw), read_only: false }).unwrap();
+        write(&disk, &path).unwrap();
+        drop(disk);
+        // Both tables have to be sound.
+        let table = GptConfig::new().only_valid_headers(true).open(&path).unwrap();
+        assert!(table.primary_header().is_ok() && table.backup_header().is_ok());
+        let parts: Vec<_> = table.partitions().values().filter(|part| part.is_used()).collect();
+        let kinds: Vec<_> = parts.iter().map(|part| part.part_type_guid.clone()).collect();
+        assert_eq!(kinds, [kind::BIOS, kind::EFI, kind::LINUX_FS]);
+        for pair in parts.windows(2) {
+            assert!(pair[0].last_lba < pair[1].first_lba && pair[1].first_lba % 2048 == 0, "{parts:?}");
+        }
+        assert!(parts[2].last_lba * SECTOR > size - 2 * MIB, "the root file system has the rest");
+        let bytes = std::fs::read(&path).unwrap();
+        let esp = &bytes[(parts[1].first_lba * SECTOR) as usize..][..ESP as usize];
+        let volume = fatfs::FileSystem::new(Cursor::new(esp.to_vec()), fatfs::FsOptions::new()).unwrap();
+        assert_eq!(volume.volume_label(), "EFI");
+    }
+}
