@@ -32,7 +32,9 @@ const ID: Id =
 /// Registers, then doorbells.
 const BAR: u64 = 0x4000;
 const SECTOR: u64 = 512;
-/// I/O queues of either kind at most.
+/// I/O queues of either kind: OVMF makes two, whatever the controller says that it has.
+const FEWEST_QUEUES: u32 = 2;
+/// And at most.
 pub const MOST_QUEUES: u32 = 32;
 
 type Result<T> = std::result::Result<T, Status>;
@@ -72,13 +74,13 @@ impl fmt::Debug for Nvme {
 }
 
 impl Nvme {
-    /// A controller for `disk`, with `queues` (1 to [`MOST_QUEUES`]) I/O queues, which works in `memory`. The guest sees 20
+    /// A controller for `disk`, with `queues` (2 to [`MOST_QUEUES`]) I/O queues, which works in `memory`. The guest sees 20
     /// letters of the serial number.
     ///
     /// # Errors
     /// The host gives no thread.
     pub fn new(disk: Arc<Disk>, serial: &str, queues: u32, memory: Memory) -> std::io::Result<Arc<Self>> {
-        let queues = queues.clamp(1, MOST_QUEUES) as usize + 1;
+        let queues = queues.clamp(FEWEST_QUEUES, MOST_QUEUES) as usize + 1;
         let mut config = Config::new(ID);
         config.use_intx();
         config.add_bar(Bar::Memory64(BAR));
