@@ -120,3 +120,20 @@ fn mistakes_are_told() {
         assert!(done.err.contains(part), "{}", done.err);
     }
 }
+
+/// The other controllers, by the firmware's own drivers; the kernel needs none.
+#[test]
+fn firmware_starts_from_sata_and_nvme() {
+    for (kind, firmware) in [(Kind::Bios, "bios"), (Kind::Uefi, "uefi")] {
+        for bus in ["sata", "nvme"] {
+            let scratch = Scratch::new(&format!("{firmware}-{bus}"));
+            let Some(disk) = bootable::disk(&scratch, kind, "echo it runs\n", &[]) else { return };
+            let mut command = Command::new(lodge());
+            command.env("LODGE_DATA_DIR", scratch.path()).args(["run", "--firmware", firmware, "--disk"]);
+            command.arg(format!("{},bus={bus}", disk.display()));
+            let done = start_with(&mut command, "").wait(PATIENCE).expect(0);
+            assert!(done.out.contains("Welcome to GRUB"), "{firmware} {bus}: {}", done.out);
+            assert!(done.out.contains("it runs"), "{firmware} {bus}: {}", done.out);
+        }
+    }
+}

@@ -255,9 +255,11 @@ fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<Ve
             }
         }
     }
-    sata.extend(
-        config.cdroms.iter().zip(0..).map(|(cd, n)| ahci::Attached::Cd(cd.clone(), format!("lodge-cd-{n}"))),
-    );
+    for (n, cd) in config.cdroms.iter().enumerate() {
+        let drive = format!("drive@{:x}/disk@0", sata.len());
+        bootable.push(firmware::boot_path("pci8086,2922", ahci::ADDRESS, &drive));
+        sata.push(ahci::Attached::Cd(cd.clone(), format!("lodge-cd-{n}")));
+    }
     match sata.len() {
         0 => {}
         1..=ahci::PORTS => {
