@@ -241,9 +241,8 @@ fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<Ve
                 bootable.push(firmware::boot_path("scsi", at, "disk@0,0"));
             }
             DiskBus::Nvme => {
-                // A queue for each vCPU; OVMF wants two.
-                let queues = config.cpus.max(2);
-                let controller = nvme::Nvme::new(image, &disk.serial, queues, machine.memory.clone())
+                // A queue for each vCPU.
+                let controller = nvme::Nvme::new(image, &disk.serial, config.cpus, machine.memory.clone())
                     .map_err(|source| Error::Host { what: "a thread for a device", source })?;
                 let at = host.plug(None, controller)?;
                 bootable.push(firmware::boot_path("pci8086,5845", at, "namespace@1,0"));
