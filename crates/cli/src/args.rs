@@ -45,6 +45,9 @@ pub enum Command {
     Run(Box<Run>),
     /// Show which engines this host can use, and what keeps it from the others
     Host(Host),
+    /// List, describe and remove the whole systems that were made
+    #[command(subcommand)]
+    Image(Image),
     /// Print shell completions
     #[command(
         after_help = "Example:\n  lodge completions bash > ~/.local/share/bash-completion/completions/lodge"
@@ -57,6 +60,23 @@ pub enum Command {
     Man {
         /// Where to write them; made if missing
         directory: PathBuf,
+    },
+}
+
+/// `lodge image`.
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// List them, with the space that they take
+    Ls,
+    /// Print what is in one: its packages and their versions
+    Inspect {
+        /// Its name, as `lodge image ls` shows it
+        name: String,
+    },
+    /// Remove one; it is made anew when it is wanted. Virtual machines with names keep what they need of it
+    Rm {
+        /// Its name, as `lodge image ls` shows it
+        name: String,
     },
 }
 

@@ -7,6 +7,7 @@ mod console;
 mod disk;
 mod firmware;
 mod host;
+mod image;
 mod progress;
 mod report;
 mod run;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         args::Command::Run(args) => run::run(&args),
         args::Command::Host(args) => host::host(&args).map(|()| ExitCode::SUCCESS),
+        args::Command::Image(args) => image::image(&args).map(|()| ExitCode::SUCCESS),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "lodge", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

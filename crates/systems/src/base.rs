@@ -1,6 +1,7 @@
 //! Bases: systems that were made once, in the cache.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use images::{Bundle, Cache, Options, Progress};
@@ -114,4 +115,51 @@ fn clear(systems: &Path) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+}
+
+/// A base in the cache, as `lodge image` shows it.
+#[derive(Debug, Clone)]
+pub struct Listed {
+    /// Its name, such as `debian-13-9fb08792218f`.
+    pub name: String,
+    /// What it is, for people.
+    pub description: String,
+    /// Bytes that its files take on the host.
+    pub size: u64,
+    /// Names and versions of its packages.
+    pub packages: Vec<(String, String)>,
+}
+
+/// The bases in the cache, by name.
+pub fn list() -> Result<Vec<Listed>, Error> {
+    let systems = Cache::open(None)?.systems();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&systems).into_iter().flatten().flatten() {
+        let (name, dir) = (entry.file_name().to_string_lossy().into_owned(), entry.path());
+        let Some(about) = fs::read(dir.join(ABOUT)).ok().and_then(|text| serde_json::from_slice(&text).ok())
+        else {
+            continue;
+        };
+        let About { description, packages, .. } = about;
+        let files = fs::read_dir(&dir).into_iter().flatten().flatten();
+        // Blocks are of 512 bytes, whatever the file system's are (stat(2)).
+        let size = files.filter_map(|file| Some(file.metadata().ok()?.blocks() * 512)).sum();
+        found.push(Listed { name, description, size, packages });
+    }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
+}
+
+/// Removes a base from the cache; `false` if there is none of that name. VMs with names keep what they need of it.
+pub fn remove(name: &str, progress: &mut dyn Progress) -> Result<bool, Error> {
+    let cache = Cache::open(None)?;
+    if !list()?.iter().any(|one| one.name == name) {
+        return Ok(false);
+    }
+    let _lock = cache.lock(progress)?;
+    let dir = cache.systems().join(name);
+    // Whoever has it open for writing or reading holds a lock on it.
+    drop(disks::Disk::open(&dir.join(build::DISK), &disks::Options { format: None, read_only: false })?);
+    fs::remove_dir_all(&dir).map_err(Error::file(&dir))?;
+    Ok(true)
 }

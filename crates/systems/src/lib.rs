@@ -16,7 +16,7 @@ mod layout;
 mod recipe;
 mod seed;
 
-pub use base::{Base, debian};
+pub use base::{Base, Listed, debian, list, remove};
 pub use error::Error;
 pub use instance::{Instance, data_dir};
 pub use recipe::Release;
