@@ -239,7 +239,8 @@ fn follow(
 /// Whether entries of page tables that may be in a TLB became others, but for what the processor notes in them.
 fn changed(before: &[u64; PAGES], after: &[u64; PAGES]) -> bool {
     let noted = u64::from(ACCESSED_DIRTY);
-    before.iter().zip(after).any(|(old, new)| old & entry::P != 0 && old & !noted != new & !noted)
+    let differs = |old: u64, new: u64| (old ^ new) & !noted != 0 || old & noted & !new != 0;
+    before.iter().zip(after).any(|(&old, &new)| old & entry::P != 0 && differs(old, new))
 }
 
 /// Whether it is an address of a handler.

@@ -116,8 +116,7 @@ impl Instance {
         write_seed(work.path(), settings, &about)?;
         let text = serde_json::to_vec_pretty(&about).map_err(|error| Error::file(&dir)(error.into()))?;
         fs::write(work.path().join(ABOUT), text).map_err(Error::file(&dir))?;
-        fs::rename(work.path(), &dir).map_err(Error::file(&dir))?;
-        let _ = work.keep();
+        settle(work, &dir).map_err(Error::file(&dir))?;
         Self::find(name)?.ok_or(Error::Name(name.into()))
     }
 }
@@ -129,6 +128,18 @@ impl About {
             hostname: settings.hostname.clone().unwrap_or_else(|| name.replace('_', "-")),
             cmdline: base.cmdline.clone(),
         })
+    }
+}
+
+/// Puts what is ready in its place.
+fn settle(work: tempfile::TempDir, dir: &Path) -> std::io::Result<()> {
+    match fs::rename(work.path(), dir) {
+        // Its UEFI variables are there already. What makes it a VM comes last.
+        Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty && !dir.join(ABOUT).exists() => {
+            let mut names = [BASE, KERNEL, INITRD, OVERLAY, SEED, ABOUT].into_iter();
+            names.try_for_each(|name| fs::rename(work.path().join(name), dir.join(name)))
+        }
+        renamed => renamed.map(|()| drop(work.keep())),
     }
 }
 
