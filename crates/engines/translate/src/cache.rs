@@ -49,6 +49,26 @@ struct Straddler {
     generations: (u32, u32),
 }
 
+/// A block that was looked up lately: processes that come and go jump to the same code.
+#[derive(Clone, Copy)]
+struct Recent {
+    offset: u64,
+    mode: Mode,
+    /// Of its page. While that stands, so does the block.
+    generation: u32,
+    host: u64,
+}
+
+impl Recent {
+    const COUNT: usize = 1 << 13;
+    const NONE: Self = Self { offset: u64::MAX, mode: Mode(0), generation: 0, host: 0 };
+
+    /// Where one is that begins at `offset`.
+    fn slot(offset: u64, mode: Mode) -> usize {
+        (offset ^ offset >> 13 ^ u64::from(mode.0) << 9) as usize % Self::COUNT
+    }
+}
+
 /// Counters.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
@@ -80,6 +100,7 @@ pub struct Cache {
     pages: Vec<PageCode>,
     index: FxHashMap<(u64, Mode), u32>,
     straddlers: FxHashMap<(u64, Mode), Straddler>,
+    recent: Box<[Recent; Recent::COUNT]>,
     changes: u64,
     /// Where developers read what becomes of blocks.
     pub trace: Option<Trace>,
@@ -118,6 +139,7 @@ impl Cache {
             pages: Vec::new(),
             index: FxHashMap::default(),
             straddlers: FxHashMap::default(),
+            recent: Box::new([Recent::NONE; _]),
             changes: 0,
             trace: None,
             unlinked: false,
@@ -222,6 +244,7 @@ impl Cache {
         self.pages.clear();
         self.index.clear();
         self.straddlers.clear();
+        self.recent.fill(Recent::NONE);
         frame.clear_jumps();
         self.buffer.truncate(self.keep);
         self.count.flushes += 1;
@@ -259,16 +282,26 @@ impl Cache {
         offset: u64,
         mode: Mode,
     ) -> Result<u64, Error> {
-        let memory = vcpu.core().memory.clone();
+        let memory = &vcpu.core().memory;
+        let recent = self.recent[Recent::slot(offset, mode)];
+        let generation = memory.code().generation(offset);
+        if (recent.offset, recent.mode, recent.generation) == (offset, mode, generation) {
+            return Ok(recent.host);
+        }
+        let memory = memory.clone();
         let n = self.page(&memory, offset & !0xfff, mode);
         let start = (offset & 0xfff) as u16;
-        if let Some(&host) = self.pages[n as usize].entries.get(&start) {
-            return Ok(host);
-        }
-        let (n, output) = self.build(vcpu, frame, offset, None, mode)?;
-        let host = self.keep(n, output);
-        let n = self.page(&memory, offset & !0xfff, mode);
-        self.pages[n as usize].entries.insert(start, host);
+        let host = match self.pages[n as usize].entries.get(&start) {
+            Some(&host) => host,
+            None => {
+                let (n, output) = self.build(vcpu, frame, offset, None, mode)?;
+                let host = self.keep(n, output);
+                let n = self.page(&memory, offset & !0xfff, mode);
+                self.pages[n as usize].entries.insert(start, host);
+                host
+            }
+        };
+        self.recent[Recent::slot(offset, mode)] = Recent { offset, mode, generation, host };
         Ok(host)
     }
 

@@ -3,9 +3,8 @@
 //! A guest that uses PCIDs keeps the translations of several processes in its TLB. So do we: each PCID has tables of its own,
 //! and a change of CR3 that keeps them costs nothing.
 
-use std::collections::HashSet;
-
 use interpret::tlb::Flush;
+use rustc_hash::FxHashSet;
 
 use crate::Error;
 use crate::block::Mode;
@@ -69,8 +68,8 @@ pub struct Spaces {
     /// The table of jumps has supervisor addresses from pages that are not.
     local: bool,
     /// Linear pages, and GiB, that the table of jumps has addresses in.
-    pages: HashSet<u64>,
-    gibs: HashSet<u64>,
+    pages: FxHashSet<u64>,
+    gibs: FxHashSet<u64>,
 }
 
 impl Spaces {
@@ -90,8 +89,8 @@ impl Spaces {
             next_salt: 2,
             salts: [0; MODES],
             local: false,
-            pages: HashSet::new(),
-            gibs: HashSet::new(),
+            pages: FxHashSet::default(),
+            gibs: FxHashSet::default(),
         })
     }
 
