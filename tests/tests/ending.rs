@@ -111,7 +111,9 @@ fn debug_exit_and_triple_fault_give_their_statuses() {
     // lidt [cs:0x120] with a limit of 0, ud2
     let mut code = vec![0x2e, 0x0f, 0x01, 0x1e, 0x20, 0x01, 0x0f, 0x0b];
     code.resize(0x26, 0);
-    let done = run(&firmware_args(&firmware(&scratch, &code)), "").expect(6);
+    let mut args = firmware_args(&firmware(&scratch, &code));
+    args.push("--no-reboot".into());
+    let done = run(&args, "").expect(6);
     assert!(done.err.contains("triple fault"), "{}", done.err);
 }
 

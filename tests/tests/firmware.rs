@@ -104,6 +104,28 @@ fn disks_start_on_every_bus_with_more_processors_than_one() {
 }
 
 #[test]
+fn a_triple_fault_resets_the_machine() {
+    // Looks for an X in sector 1. It is there: ends with status 7. It is not: writes it, and faults without an IDT.
+    let code = [
+        0x31, 0xc0, 0x8e, 0xc0, 0x8e, 0xd8, // ES, DS = 0
+        0xbb, 0x00, 0x7e, 0xb9, 2, 0, 0xba, 0x80, 0, 0xb8, 0x01, 0x02, 0xcd, 0x13, // read it to 7e00
+        0x80, 0x3e, 0x00, 0x7e, b'X', 0x74, 25, // compare; to the end
+        0xc6, 0x06, 0x00, 0x7e, b'X', // write it
+        0xbb, 0x00, 0x7e, 0xb9, 2, 0, 0xba, 0x80, 0, 0xb8, 0x01, 0x03, 0xcd, 0x13, //
+        0x0f, 0x01, 0x1e, 0xf0, 0x7d, 0xcc, // LIDT of zeroes, INT3
+        0xb0, 3, 0xba, 0xf4, 0, 0xee, 0xf4, // OUT 3 to port f4, HLT
+    ];
+    let mut image = vec![0; 1 << 20];
+    image[..code.len()].copy_from_slice(&code);
+    image[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let scratch = Scratch::new("triple-fault");
+    let disk = scratch.file("disk", &image);
+    let mut command = Command::new(lodge());
+    command.arg("run").arg(disk).args(["--debug-exit"]);
+    start_with(&mut command, "").wait(PATIENCE).expect(7);
+}
+
+#[test]
 fn mistakes_are_told() {
     let scratch = Scratch::new("firmware-errors");
     let nothing = scratch.file("nothing", &[0; 4096]);

@@ -11,7 +11,7 @@ Exit status of `lodge run`:
   0    the guest powered off (or was reset, with --no-reboot)
   2    the command line or the configuration file is wrong
   4    the host or Lodge failed: no memory, no file, no network, a full disk under the output …
-  6    the guest ended badly: its kernel panicked, or a triple fault
+  6    the guest ended badly: its kernel panicked, or a triple fault (which resets a machine with firmware, unless --no-reboot)
   124  --timeout ran out
   130  ended by the escape key, Ctrl-C, a signal, or the output's reader going away (`| head`)
   odd  with --debug-exit: (v << 1) | 1, where v is what the guest wrote to port 0xf4";

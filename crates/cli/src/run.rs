@@ -60,7 +60,7 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
 
     let deadline = args.timeout.map(|t| begun + t);
     let mut end = vm.run(deadline);
-    while end == Some(End::Reset) && !args.no_reboot {
+    while resets(end.as_ref(), &config) && !args.no_reboot {
         drop(vm);
         power.clear();
         vm = Vm::restart(&config, &console, &power)?;
@@ -95,6 +95,16 @@ struct RestoreOnDrop(Raw);
 impl Drop for RestoreOnDrop {
     fn drop(&mut self) {
         self.0.restore();
+    }
+}
+
+/// Whether the machine starts again. As a PC, it does after a triple fault; but a kernel that was started without firmware expects
+/// nothing of that kind, and its fault is better told.
+fn resets(end: Option<&End>, config: &Config) -> bool {
+    match end {
+        Some(End::Reset) => true,
+        Some(End::TripleFault) => matches!(config.boot, Boot::Firmware(_)),
+        _ => false,
     }
 }
 
