@@ -154,7 +154,7 @@ fn compare_with(pair: &mut Pair, case: &Case, image: &[u8]) -> Result<Verdict> {
         }
         let point = (point.clone(), n);
         verdict = judge(pair, case, image, (&reference, &outcome), Some(&point))?;
-        if verdict == Verdict::Same {
+        if !matches!(verdict, Verdict::Different(_)) {
             break;
         }
     }
