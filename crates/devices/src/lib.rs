@@ -25,6 +25,7 @@ pub mod serial;
 pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard};
+use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 
@@ -69,6 +70,32 @@ fn write_bytes(offset: u64, size: u8, value: u64, mut write: impl FnMut(u64, u8)
     (0..size).for_each(|i| write(offset + u64::from(i), (value >> (8 * i)) as u8));
 }
 
+/// A read of a device whose registers are aligned words of 32 bits, of which it may be a part or two.
+fn read_words(offset: u64, size: u8, read: impl Fn(u64) -> u32) -> u64 {
+    let first = offset & !7;
+    let wide = u64::from(read(first + 4)) << 32 | u64::from(read(first));
+    wide >> (8 * (offset & 7)) & u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)))
+}
+
+/// A write to such a device. Drivers write registers whole; a wide write is of two.
+fn write_words(offset: u64, size: u8, value: u64, mut write: impl FnMut(u64, u32)) {
+    if offset & 3 != 0 || size < 4 {
+        return;
+    }
+    write(offset, value as u32);
+    if size == 8 {
+        write(offset + 4, (value >> 32) as u32);
+    }
+}
+
+/// Waits for a device's threads, which have been told to end.
+fn join(threads: &Mutex<Vec<JoinHandle<()>>>) {
+    for thread in std::mem::take(&mut *lock(threads)) {
+        // A thread that panicked has said so.
+        let _ = thread.join();
+    }
+}
+
 /// What tests of several devices need.
 #[cfg(test)]
 mod testing {
@@ -77,6 +104,7 @@ mod testing {
     use machine::{Clock, Registers, Timers};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
 
     /// The far end of a line: its level, and how often it rose.
     #[derive(Default)]
@@ -108,6 +136,16 @@ mod testing {
     pub fn probe() -> (Line, Arc<Probe>) {
         let probe = Arc::new(Probe::default());
         (Line::new(probe.clone()), probe)
+    }
+
+    /// Waits for what a device's thread does.
+    #[track_caller]
+    pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+        let patience = Instant::now() + Duration::from_secs(20);
+        while !done() {
+            assert!(Instant::now() < patience, "never: {what}");
+            std::thread::yield_now();
+        }
     }
 
     pub fn time() -> (Arc<Clock>, Timers) {

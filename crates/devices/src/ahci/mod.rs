@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dma::{Fault, Pieces};
 use crate::pci::{Address, Bar, Config, Function, Id};
-use crate::{Saved, lock};
+use crate::{Saved, join, lock, read_words, write_words};
 
 pub use ata::AtaState;
 pub use atapi::{AtapiState, Sense};
@@ -218,10 +218,7 @@ impl Ahci {
 impl Drop for Ahci {
     fn drop(&mut self) {
         self.inner.stop();
-        for thread in std::mem::take(&mut *lock(&self.threads)) {
-            // A thread that panicked has said so.
-            let _ = thread.join();
-        }
+        join(&self.threads);
     }
 }
 
@@ -235,19 +232,12 @@ impl Function for Ahci {
             return 0;
         }
         let registers = lock(&self.inner.registers);
-        let wide =
-            u64::from(registers.read((offset & !7) + 4)) << 32 | u64::from(registers.read(offset & !7));
-        wide >> (8 * (offset & 7)) & u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)))
+        read_words(offset, size, |at| registers.read(at))
     }
 
-    /// Drivers write registers whole; a wide write is of two.
     fn write_bar(&self, bar: usize, offset: u64, size: u8, value: u64) {
-        if bar != ABAR || offset & 3 != 0 || size < 4 {
-            return;
-        }
-        self.inner.write(offset, value as u32);
-        if size == 8 {
-            self.inner.write(offset + 4, (value >> 32) as u32);
+        if bar == ABAR {
+            write_words(offset, size, value, |at, word| self.inner.write(at, word));
         }
     }
 

@@ -1,14 +1,13 @@
 //! A driver by hand, well-behaved and not.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use machine::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::registers::{host, is, port};
 use super::*;
-use crate::testing::{Random, through_json};
+use crate::testing::{Random, through_json, until};
 
 const LIST: u64 = 0x1_0000;
 const RECEIVED: u64 = 0x1_1000;
@@ -63,7 +62,7 @@ impl Driver {
     /// Resets the controller and starts both ports.
     fn begin(&self) {
         self.write(host::GHC, 1);
-        self.until("the controller comes back", || self.read(host::GHC) & 1 == 0);
+        until("the controller comes back", || self.read(host::GHC) & 1 == 0);
         self.write(host::GHC, 2);
         for n in 0..2 {
             self.start(n);
@@ -82,7 +81,7 @@ impl Driver {
     /// As drivers do after an error.
     fn restart(&self, n: u64) {
         self.port_write(n, port::CMD, RECEIVE);
-        self.until("the port stops", || self.port(n, port::CMD) & RUNNING == 0);
+        until("the port stops", || self.port(n, port::CMD) & RUNNING == 0);
         self.start(n);
     }
 
@@ -110,14 +109,6 @@ impl Driver {
         let mut bytes = vec![0; len];
         self.memory.guest().read_slice(&mut bytes, GuestAddress(at)).unwrap();
         bytes
-    }
-
-    fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
-        let patience = Instant::now() + Duration::from_secs(20);
-        while !done() {
-            assert!(Instant::now() < patience, "never: {what}");
-            std::thread::yield_now();
-        }
     }
 
     /// Puts a command in a slot of port `n`, with its data in the given pieces.
@@ -151,7 +142,7 @@ impl Driver {
     fn issue(&self, n: u64) -> Result<(u8, u8), u32> {
         self.port_write(n, port::IS, u32::MAX);
         self.port_write(n, port::CI, 1);
-        self.until("the command ends", || {
+        until("the command ends", || {
             self.port(n, port::CI) == 0 || self.port(n, port::IS) & 0x7900_0000 != 0
         });
         let (task, why) = (self.port(n, port::TFD), self.port(n, port::IS));
@@ -264,7 +255,7 @@ fn queued_commands_end_each_by_itself() {
     }
     d.port_write(0, port::SACT, u32::MAX);
     d.port_write(0, port::CI, u32::MAX);
-    d.until("all end", || d.port(0, port::SACT) == 0);
+    until("all end", || d.port(0, port::SACT) == 0);
     assert_eq!((d.port(0, port::CI), d.port(0, port::IS) & is::DEVICE_BITS), (0, is::DEVICE_BITS));
     for slot in 0..32 {
         assert_eq!(d.get(DATA + 4096 * slot, 1), [8 * slot as u8]);
@@ -278,7 +269,7 @@ fn queued_commands_end_each_by_itself() {
     );
     d.port_write(0, port::SACT, 1 << 5);
     d.port_write(0, port::CI, 1 << 5);
-    d.until("it fails", || d.port(0, port::IS) & is::TASK_FILE != 0);
+    until("it fails", || d.port(0, port::IS) & is::TASK_FILE != 0);
     assert_eq!(d.port(0, port::SACT), 1 << 5);
     d.restart(0);
     let log = d.good(0, &Ask { command: 0x2f, lba: 0x10, count: 1, ..Ask::default() }, 512);
@@ -384,7 +375,7 @@ fn a_software_reset_shows_the_signature() {
         d.put(TABLES + 1, &[0]);
         d.put(TABLES + 15, &[control]);
         d.port_write(1, port::CI, 1);
-        d.until("it is taken", || d.port(1, port::CI) == 0);
+        until("it is taken", || d.port(1, port::CI) == 0);
     }
     assert_eq!((d.port(1, port::SIG), d.port(1, port::TFD)), (0xeb14_0101, 0x100));
     assert_eq!(d.get(RECEIVED + 0x140, 1), [0x34]);
@@ -418,7 +409,7 @@ fn addresses_beside_memory_stop_the_port_and_nothing_else() {
         d.place(0, 0, &Ask { command: 0x25, lba: 7, count: 1, ..Ask::default() }, &[(DATA, 511)]);
         spoil(&d);
         d.port_write(0, port::CI, 1);
-        d.until(what, || d.port(0, port::IS) & why != 0);
+        until(what, || d.port(0, port::IS) & why != 0);
         assert_eq!(d.port(0, port::CI), 1, "{what}");
         d.port_write(0, port::CLBU, 0);
         d.port_write(0, port::FBU, 0);
@@ -457,7 +448,7 @@ fn resets_in_the_middle_of_commands_leave_it_working() {
             _ => {
                 d.port_write(0, port::SCTL, 1);
                 d.port_write(0, port::SCTL, 0);
-                d.until("the device comes back", || d.port(0, port::TFD) & 0x80 == 0);
+                until("the device comes back", || d.port(0, port::TFD) & 0x80 == 0);
                 assert_eq!(d.port(0, port::IS) & is::CONNECTED, is::CONNECTED);
                 d.restart(0);
             }
@@ -480,11 +471,11 @@ fn a_function_that_is_not_bus_master_waits() {
     other.put(LIST, &d.get(LIST, 32));
     other.put(TABLES, &d.get(TABLES, 0x90));
     other.ahci.set_state(&through_json(&state));
-    other.until("the other does it", || other.port(0, port::CI) == 0);
+    until("the other does it", || other.port(0, port::CI) == 0);
     assert_eq!(word(&other.get(DATA, 512), 60), 2048);
     d.ahci.config().set(4, &[6]);
     d.ahci.config_written(4);
-    d.until("it goes on", || d.port(0, port::CI) == 0);
+    until("it goes on", || d.port(0, port::CI) == 0);
 }
 
 #[test]

@@ -22,7 +22,7 @@ use memory::Memory;
 use serde::{Deserialize, Serialize};
 
 use crate::pci::{Bar, Config, Function, Id};
-use crate::{Saved, lock};
+use crate::{Saved, join, lock, read_words, write_words};
 use command::Status;
 use registers::{Registers, reg};
 
@@ -144,10 +144,7 @@ impl Drop for Nvme {
             self.inner.stopped.store(true, Ordering::SeqCst);
             self.inner.wakes.iter().for_each(Condvar::notify_all);
         }
-        for thread in std::mem::take(&mut *lock(&self.threads)) {
-            // A thread that panicked has said so.
-            let _ = thread.join();
-        }
+        join(&self.threads);
     }
 }
 
@@ -161,19 +158,14 @@ impl Function for Nvme {
             return 0;
         }
         let registers = lock(&self.inner.registers);
-        let wide =
-            u64::from(registers.read((offset & !7) + 4)) << 32 | u64::from(registers.read(offset & !7));
-        wide >> (8 * (offset & 7)) & u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)))
+        read_words(offset, size, |at| registers.read(at))
     }
 
-    /// Drivers write registers whole; a wide write is of two.
     fn write_bar(&self, bar: usize, offset: u64, size: u8, value: u64) {
-        if bar != 0 || offset & 3 != 0 || size < 4 {
-            return;
-        }
-        self.inner.write(offset, value as u32);
-        if size == 8 && offset < reg::DOORBELLS {
-            self.inner.write(offset + 4, (value >> 32) as u32);
+        // A doorbell is one word, however wide the write.
+        let size = if offset < reg::DOORBELLS { size } else { size.min(4) };
+        if bar == 0 {
+            write_words(offset, size, value, |at, word| self.inner.write(at, word));
         }
     }
 

@@ -1,11 +1,9 @@
 //! A driver by hand, well-behaved and not.
 
-use std::time::{Duration, Instant};
-
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::testing::{Random, batter, through_json};
+use crate::testing::{Random, batter, through_json, until};
 
 const MEMORY: u64 = 8 << 20;
 const DISK: u64 = 2 << 20;
@@ -113,11 +111,7 @@ impl Driver {
 
     #[track_caller]
     fn until(&self, what: &str, done: impl Fn(&Self) -> bool) {
-        let patience = Instant::now() + Duration::from_secs(20);
-        while !done(self) {
-            assert!(Instant::now() < patience, "never: {what}");
-            std::thread::yield_now();
-        }
+        until(what, || done(self));
     }
 
     /// Puts a command into queue `n`, of which the device learns later.

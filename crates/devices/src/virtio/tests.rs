@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::blk::Blk;
 use super::{Broken, Device, In, Out, Pci};
 use crate::pci::Function;
+use crate::testing::until;
 
 const DESCRIPTORS: u64 = 0x1_0000;
 const AVAILABLE: u64 = 0x1_1000;
@@ -213,11 +214,7 @@ fn broken_chains_need_a_reset_and_nothing_else() {
 fn an_index_that_runs_away_needs_a_reset() {
     let d = Driver::ready();
     d.announce(40000);
-    let patience = Instant::now() + Duration::from_secs(20);
-    while d.read(0x14, 1) & NEEDS_RESET == 0 {
-        assert!(Instant::now() < patience, "the device says nothing");
-        std::thread::yield_now();
-    }
+    until("the device says that it needs a reset", || d.read(0x14, 1) & NEEDS_RESET != 0);
     d.recovers();
 }
 
@@ -288,11 +285,7 @@ fn a_disk_has_queues_that_work_each_by_itself() {
     d.write(0x1c, 2, 1);
     d.put(place + 2, 1u16);
     d.pci.write_bar(0, NOTIFY + 4, 2, 1);
-    let patience = Instant::now() + Duration::from_secs(20);
-    while d.get::<u16>(place + 0x1002) != 1 {
-        assert!(Instant::now() < patience, "the second queue is not served");
-        std::thread::yield_now();
-    }
+    until("the second queue is served", || d.get::<u16>(place + 0x1002) == 1);
 }
 
 /// A device whose first request takes a while, and whose others wait for each other.

@@ -14,7 +14,7 @@ use virtio_queue::QueueT;
 use super::Device;
 use super::queue::{Owner, QueueState, Vring};
 use crate::pci::{Bar, Config, Function, Id};
-use crate::{Saved, lock};
+use crate::{Saved, join, lock};
 
 const VENDOR: u16 = 0x1af4;
 /// Device identifiers of modern devices start here.
@@ -190,10 +190,7 @@ impl Pci {
 impl Drop for Pci {
     fn drop(&mut self) {
         self.inner.queues.iter().for_each(|q| q.stop());
-        for thread in std::mem::take(&mut *lock(&self.threads)) {
-            // A thread that panicked has said so.
-            let _ = thread.join();
-        }
+        join(&self.threads);
     }
 }
 

@@ -8,6 +8,7 @@ use virtio_bindings::virtio_blk as b;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::{Broken, Device, In, Out};
+use crate::dma::{le32, le64};
 
 const SECTOR: u64 = 512;
 /// Bytes that are carried between guest and disk at once.
@@ -94,7 +95,7 @@ impl Blk {
         while from.available_bytes() > 0 {
             let mut segment = [0; HEADER];
             from.read_exact(&mut segment).map_err(|_| Broken)?;
-            let (sector, count, flags) = (word(&segment, 0), dword(&segment, 8), dword(&segment, 12));
+            let (sector, count, flags) = (le64(&segment, 0), le32(&segment, 8), le32(&segment, 12));
             let bytes = u64::from(count) * SECTOR;
             let unmap = flags & b::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
             if flags & !b::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || unmap && !zeroes {
@@ -111,14 +112,6 @@ impl Blk {
         }
         Ok(Status::Ok)
     }
-}
-
-fn word(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(std::array::from_fn(|n| bytes[at + n]))
-}
-
-fn dword(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(std::array::from_fn(|n| bytes[at + n]))
 }
 
 impl Device for Blk {
@@ -175,7 +168,7 @@ impl Device for Blk {
     fn serve(&self, _: usize, mut request: In<'_>, mut answer: Out<'_>) -> Result<usize, Broken> {
         let mut header = [0; HEADER];
         request.read_exact(&mut header).map_err(|_| Broken)?;
-        let (kind, sector) = (dword(&header, 0), word(&header, 8));
+        let (kind, sector) = (le32(&header, 0), le64(&header, 8));
         let room = answer.available_bytes().checked_sub(1).ok_or(Broken)?;
         let mut last = answer.split_at(room).map_err(|_| Broken)?;
         let writes =
