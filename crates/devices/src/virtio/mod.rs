@@ -16,7 +16,7 @@ use vm_memory::GuestMemory;
 use vm_memory::bitmap::WithBitmapSlice;
 
 pub use queue::QueueState;
-pub use transport::{Pci, PciState};
+pub use transport::{Pci, PciState, Wires};
 
 /// The bits of guest memory that a request can be read from and written to.
 pub type In<'a> = Reader<'a, Slice<'a>>;
@@ -47,8 +47,26 @@ pub trait Device: Send + Sync {
         1
     }
 
-    /// Its configuration, which drivers only read.
+    /// Its configuration as the driver reads it.
     fn config(&self) -> Vec<u8>;
+
+    /// The driver writes to the configuration, `size` bytes (1, 2, 4 or 8) at `offset`, which may lie outside.
+    fn write_config(&self, _offset: u64, _size: u8, _value: u64) {}
+
+    /// Called once, before all else: how the device speaks first. Whoever keeps the wires keeps nothing alive.
+    fn connect(&self, _wires: Wires) {}
+
+    /// The features that the driver has accepted, the transport's among them.
+    fn set_features(&self, _features: u64) {}
+
+    /// The driver has reset the device: no request is being served, and what the driver set is forgotten.
+    fn reset(&self) {}
+
+    /// Whether the device has use for a request of queue `queue` now. Until it has, requests wait in the ring; a device that
+    /// comes to have use for one calls [`Wires::kick`]. Such a queue is best served by one thread.
+    fn ready(&self, _queue: usize) -> bool {
+        true
+    }
 
     /// Serves a request of queue `queue`. Gives the bytes that were written.
     ///

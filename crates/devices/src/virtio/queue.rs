@@ -194,6 +194,10 @@ impl Vring {
     ) -> Result<(), Broken> {
         let guest = memory.guest();
         loop {
+            // What makes it ready kicks the queue.
+            if !device.ready(n) {
+                return Ok(());
+            }
             // Locked anew for each request, so that a reset need not wait for all.
             let mut inner = lock(&self.inner);
             let ready = owner.is_running() && inner.queue.ready() && inner.held == 0;

@@ -1,6 +1,7 @@
 //! A driver by hand, well-behaved and not.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use machine::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::blk::Blk;
-use super::{Broken, Device, In, Out, Pci};
+use super::{Broken, Device, In, Out, Pci, Wires};
 use crate::pci::Function;
 use crate::testing::until;
 
@@ -22,6 +23,7 @@ const NEEDS_RESET: u64 = 0x40;
 
 /// Parts of the BAR.
 const COMMON: u64 = 0;
+const ISR: u64 = 0x1000;
 const CONFIG: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
 
@@ -340,4 +342,117 @@ fn slow_requests_are_served_side_by_side() {
     }
     d.requests = 2;
     assert!(d.offer(), "neither waits for the other in vain");
+}
+
+/// A device that speaks first: what is said goes into the driver's buffers, and is counted in its configuration.
+#[derive(Default)]
+struct Speaker {
+    wires: Mutex<Wires>,
+    words: Mutex<Vec<u8>>,
+    said: Mutex<u8>,
+    asked: AtomicUsize,
+    /// Features, and bytes that the driver wrote into the configuration.
+    told: Mutex<(u64, Vec<u64>)>,
+}
+
+impl Speaker {
+    fn say(&self, word: u8) {
+        self.words.lock().unwrap().push(word);
+        self.wires.lock().unwrap().kick(0);
+    }
+}
+
+impl Device for Speaker {
+    fn kind(&self) -> u16 {
+        3
+    }
+    fn class(&self) -> u32 {
+        0x07_8000
+    }
+    fn features(&self) -> u64 {
+        1 << 5
+    }
+    fn queues(&self) -> &[u16] {
+        &[256]
+    }
+    fn config(&self) -> Vec<u8> {
+        vec![*self.said.lock().unwrap()]
+    }
+    fn write_config(&self, offset: u64, size: u8, value: u64) {
+        self.told.lock().unwrap().1.extend([offset, size.into(), value]);
+    }
+    fn connect(&self, wires: Wires) {
+        *self.wires.lock().unwrap() = wires;
+    }
+    fn set_features(&self, features: u64) {
+        self.told.lock().unwrap().0 = features;
+    }
+    fn reset(&self) {
+        *self.said.lock().unwrap() = 0;
+        *self.told.lock().unwrap() = Default::default();
+    }
+    fn ready(&self, _: usize) -> bool {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        !self.words.lock().unwrap().is_empty()
+    }
+    fn serve(&self, _: usize, _: In<'_>, mut answer: Out<'_>) -> Result<usize, Broken> {
+        let word = self.words.lock().unwrap().remove(0);
+        answer.write_all(&[word]).map_err(|_| Broken)?;
+        *self.said.lock().unwrap() += 1;
+        self.wires.lock().unwrap().config_changed();
+        Ok(1)
+    }
+}
+
+#[test]
+fn a_device_speaks_when_it_has_something_to_say() {
+    let device = Arc::new(Speaker::default());
+    let d = Driver::of(device.clone(), Memory::new(4 << 20, 0).unwrap(), None);
+    assert_eq!(*device.told.lock().unwrap(), (1 << 32, vec![]), "no more than the driver accepted");
+    d.enable(256);
+    d.status(15);
+    d.descriptor(0, DATA, 16, WRITE, 0);
+    d.put(AVAILABLE + 4, [0u16; 2]);
+    // The thread is at its queue, and leaves the buffers alone.
+    let asked = || device.asked.load(Ordering::SeqCst);
+    let before = asked();
+    d.announce(2);
+    until("the queue's thread has looked", || asked() > before);
+    assert_eq!((d.get::<u16>(USED + 2), d.read(0x15, 1)), (0, 0));
+    device.say(b'a');
+    until("it speaks", || d.get::<u16>(USED + 2) == 1 && d.read(0x15, 1) == 1);
+    assert_eq!(d.get::<u8>(DATA), b'a');
+    assert_eq!(d.pci.read_bar(0, ISR, 1) & 2, 2, "the configuration's interrupt");
+    assert_eq!(d.pci.read_bar(0, CONFIG, 1), 1);
+    device.say(b'b');
+    until("it speaks again", || d.get::<u16>(USED + 2) == 2);
+    // What is said without a buffer waits for one.
+    device.say(b'c');
+    d.put(AVAILABLE + 8, 0u16);
+    d.announce(3);
+    until("it says the rest", || d.get::<u16>(USED + 2) == 3);
+    assert_eq!(d.get::<u8>(DATA), b'c');
+}
+
+#[test]
+fn a_device_hears_of_features_writes_and_resets() {
+    let device = Arc::new(Speaker::default());
+    let d = Driver::of(device.clone(), Memory::new(4 << 20, 0).unwrap(), None);
+    d.status(0);
+    d.status(3);
+    d.write(0xc, 4, 1 << 5);
+    d.write(8, 4, 1);
+    d.write(0xc, 4, 1);
+    assert_eq!(device.told.lock().unwrap().0, 0, "before they are final");
+    d.status(11);
+    d.pci.write_bar(0, CONFIG + 4, 4, 77);
+    assert_eq!(*device.told.lock().unwrap(), (1 << 32 | 1 << 5, vec![4, 4, 77]));
+    d.status(0);
+    assert_eq!(*device.told.lock().unwrap(), (0, vec![]));
+    // Whoever has the wires still, and no device at their end, says it to nobody.
+    let wires = device.wires.lock().unwrap().clone();
+    wires.config_changed();
+    drop(d);
+    wires.kick(0);
+    wires.config_changed();
 }

@@ -1,7 +1,7 @@
 //! Virtio over PCI (virtio 1.2, section 4.1): the modern interface, with MSI-X.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
@@ -68,7 +68,6 @@ struct Registers {
     /// Features that the driver accepted.
     features: u64,
     status: u8,
-    config_vector: u16,
     queue_select: u16,
     vectors: Vec<u16>,
 }
@@ -80,7 +79,6 @@ impl Registers {
             driver_select: 0,
             features: 0,
             status: 0,
-            config_vector: NO_VECTOR,
             queue_select: 0,
             vectors: vec![NO_VECTOR; queues],
         }
@@ -92,6 +90,8 @@ impl Registers {
 pub struct PciState {
     registers: Registers,
     isr: u8,
+    config_vector: u16,
+    generation: u8,
     queues: Vec<QueueState>,
 }
 
@@ -109,6 +109,10 @@ struct Inner {
     /// The driver has the device running: what the queues' threads look at.
     running: AtomicBool,
     isr: AtomicU8,
+    /// Where the configuration's interrupt goes, and how often it changed: apart from the registers, so that [`Wires`] wait for
+    /// nobody.
+    config_vector: AtomicU16,
+    generation: AtomicU8,
     queues: Vec<Arc<Vring>>,
     /// Where the capability for access through configuration space is.
     window: usize,
@@ -116,7 +120,13 @@ struct Inner {
 
 impl fmt::Debug for Pci {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("virtio::Pci").field("kind", &self.inner.device.kind()).finish_non_exhaustive()
+        self.inner.fmt(f)
+    }
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("virtio::Pci").field("kind", &self.device.kind()).finish_non_exhaustive()
     }
 }
 
@@ -135,9 +145,12 @@ impl Pci {
             registers: Mutex::new(Registers::new(queues.len())),
             running: AtomicBool::new(false),
             isr: AtomicU8::new(0),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            generation: AtomicU8::new(0),
             queues,
             device,
         });
+        inner.device.connect(Wires(Arc::downgrade(&inner)));
         let this = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         for (n, queue) in inner.queues.iter().enumerate() {
             let owner: Arc<dyn Owner> = Arc::new(Back(Arc::downgrade(&inner)));
@@ -164,7 +177,13 @@ impl Pci {
         let registers = lock(&self.inner.registers).clone();
         let queues = self.inner.queues.iter().zip(&registers.vectors);
         let queues = queues.map(|(q, &vector)| q.quiet(|q| queue_state(q, vector))).collect();
-        Saved::V1(PciState { registers, isr: self.inner.isr.load(Ordering::SeqCst), queues })
+        Saved::V1(PciState {
+            registers,
+            isr: self.inner.isr.load(Ordering::SeqCst),
+            config_vector: self.inner.config_vector.load(Ordering::SeqCst),
+            generation: self.inner.generation.load(Ordering::SeqCst),
+            queues,
+        })
     }
 
     /// Restores its registers.
@@ -181,6 +200,9 @@ impl Pci {
             queue.quiet(|q| set_queue_state(q, from, registers.features));
         }
         inner.isr.store(state.isr, Ordering::SeqCst);
+        inner.config_vector.store(state.config_vector, Ordering::SeqCst);
+        inner.generation.store(state.generation, Ordering::SeqCst);
+        inner.device.set_features(registers.features);
         inner.run_if_ready(&registers);
         drop(registers);
         inner.queues.iter().for_each(|q| q.kick());
@@ -325,6 +347,7 @@ impl Inner {
     fn write(&self, offset: u64, size: u8, value: u64) {
         match offset / PART {
             0 => self.write_common(offset, size, value),
+            2 => self.device.write_config(offset - 2 * PART, size, value),
             3 => {
                 if let Some(queue) =
                     self.queues.get(((offset - 3 * PART) / u64::from(NOTIFY_MULTIPLIER)) as usize)
@@ -347,10 +370,10 @@ impl Inner {
             common::DEVICE_FEATURES => half(self.offered(), r.device_select),
             common::DRIVER_SELECT => r.driver_select.into(),
             common::DRIVER_FEATURES => half(r.features, r.driver_select),
-            common::CONFIG_VECTOR => r.config_vector.into(),
+            common::CONFIG_VECTOR => self.config_vector.load(Ordering::SeqCst).into(),
             common::QUEUES => self.queues.len() as u64,
             common::STATUS => r.status.into(),
-            common::GENERATION => 0,
+            common::GENERATION => self.generation.load(Ordering::SeqCst).into(),
             common::QUEUE_SELECT => r.queue_select.into(),
             common::QUEUE_SIZE => queue.map_or(0, |q| q.with(|q| q.size()).into()),
             common::QUEUE_VECTOR => r.vectors.get(n).copied().unwrap_or(NO_VECTOR).into(),
@@ -377,7 +400,7 @@ impl Inner {
                 let mask = 0xffff_ffff << shift;
                 r.features = r.features & !mask | value << shift & mask;
             }
-            common::CONFIG_VECTOR => r.config_vector = self.vector(value),
+            common::CONFIG_VECTOR => self.config_vector.store(self.vector(value), Ordering::SeqCst),
             common::STATUS => self.set_status(&mut r, value as u8),
             common::QUEUE_SELECT => r.queue_select = value as u16,
             common::QUEUE_VECTOR if n < r.vectors.len() => r.vectors[n] = self.vector(value),
@@ -433,13 +456,18 @@ impl Inner {
             self.queues.iter().for_each(|q| q.quiet(|q| q.reset()));
             *r = Registers::new(self.queues.len());
             self.isr.store(0, Ordering::SeqCst);
+            self.config_vector.store(NO_VECTOR, Ordering::SeqCst);
             self.config.set_intx(false);
+            self.device.reset();
             return;
         }
         let mut value = value;
         let accepted = r.features & !self.offered() == 0 && r.features >> VIRTIO_F_VERSION_1 & 1 == 1;
         if r.status & status::FEATURES_OK == 0 && !accepted {
             value &= !status::FEATURES_OK;
+        }
+        if value & !r.status & status::FEATURES_OK != 0 {
+            self.device.set_features(r.features);
         }
         r.status |= value;
         self.run_if_ready(r);
@@ -464,6 +492,31 @@ impl Inner {
     }
 }
 
+/// How a device speaks first. Any thread may, with any lock of the device's held; nothing happens once the device has gone, or
+/// while its driver is not there.
+#[derive(Clone, Debug, Default)]
+pub struct Wires(Weak<Inner>);
+
+impl Wires {
+    /// Looks at queue `queue` again: the device has become ready for a request.
+    pub fn kick(&self, queue: usize) {
+        if let Some(inner) = self.0.upgrade()
+            && let Some(queue) = inner.queues.get(queue)
+        {
+            queue.kick();
+        }
+    }
+
+    /// Tells the driver that the configuration has changed.
+    pub fn config_changed(&self) {
+        let Some(inner) = self.0.upgrade() else { return };
+        inner.generation.fetch_add(1, Ordering::SeqCst);
+        if inner.running.load(Ordering::SeqCst) {
+            inner.interrupt(inner.config_vector.load(Ordering::SeqCst), ISR_CONFIG);
+        }
+    }
+}
+
 /// The queues' threads know the device only weakly, for it ends them.
 struct Back(Weak<Inner>);
 
@@ -483,15 +536,14 @@ impl Owner for Back {
 
     fn broken(&self) {
         let Some(inner) = self.0.upgrade() else { return };
-        let vector = {
+        {
             let mut r = lock(&inner.registers);
             // It may have been reset meanwhile.
             if !inner.running.swap(false, Ordering::SeqCst) {
                 return;
             }
             r.status |= status::NEEDS_RESET;
-            r.config_vector
-        };
-        inner.interrupt(vector, ISR_CONFIG);
+        }
+        inner.interrupt(inner.config_vector.load(Ordering::SeqCst), ISR_CONFIG);
     }
 }
