@@ -45,6 +45,15 @@ pub enum Command {
     Run(Box<Run>),
     /// Show which engines this host can use, and what keeps it from the others
     Host(Host),
+    /// List the virtual machines that run
+    Ls(Ls),
+    /// See the console of one that runs, and type there
+    Console {
+        /// Its name, as `lodge ls` shows it
+        name: String,
+    },
+    /// Press the power button of one that runs, and wait for its end
+    Stop(Stop),
     /// List, describe and remove the whole systems that were made
     #[command(subcommand)]
     Image(Image),
@@ -78,6 +87,27 @@ pub enum Image {
         /// Its name, as `lodge image ls` shows it
         name: String,
     },
+}
+
+/// `lodge ls`.
+#[derive(Debug, Args)]
+pub struct Ls {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `lodge stop`.
+#[derive(Debug, Args)]
+pub struct Stop {
+    /// Its name, as `lodge ls` shows it
+    pub name: String,
+    /// End it at once, as when a PC's power fails
+    #[arg(long)]
+    pub force: bool,
+    /// Wait no longer than so many seconds [default: as long as it takes]
+    #[arg(long, value_name = "SECS", value_parser = parse_seconds)]
+    pub timeout: Option<std::time::Duration>,
 }
 
 /// `lodge host`.

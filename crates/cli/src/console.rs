@@ -12,7 +12,10 @@ const ESCAPE: u8 = 0x1d;
 
 /// Told once at the start, when input is a terminal.
 pub const HINT: &str = "Escape key: Ctrl-], then q ends the guest, p presses its power button, ? lists all.";
-const KEYS: &str = "\r\nCtrl-] then:  q  end the guest at once\r\n              p  press its power button\r\n              \
+/// The same for those who only look in.
+pub const LOOK_HINT: &str =
+    "Escape key: Ctrl-], then q leaves the console (the guest runs on), p presses the power button.";
+const KEYS: &str = "\r\nCtrl-] then:  q  end the guest at once (leave `lodge console`)\r\n              p  press its power button\r\n              \
                     Ctrl-]  send Ctrl-] to the guest\r\n";
 
 /// What the escape key asks for.

@@ -11,6 +11,7 @@ mod image;
 mod progress;
 mod report;
 mod run;
+mod running;
 mod system;
 
 use std::process::ExitCode;
@@ -23,6 +24,9 @@ fn main() -> ExitCode {
         args::Command::Run(args) => run::run(&args),
         args::Command::Host(args) => host::host(&args).map(|()| ExitCode::SUCCESS),
         args::Command::Image(args) => image::image(&args).map(|()| ExitCode::SUCCESS),
+        args::Command::Ls(args) => running::ls(&args).map(|()| ExitCode::SUCCESS),
+        args::Command::Console { name } => running::console(&name),
+        args::Command::Stop(args) => running::stop(&args),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "lodge", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

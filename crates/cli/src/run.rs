@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use vm::control::Status;
 use vm::{Boot, Choice, Config, Console, End, Model, Vm};
 
 use crate::args::{Cpu, Engine, Run};
@@ -17,7 +18,7 @@ use crate::console::{self, Ask, Raw};
 use crate::disk::Disk;
 use crate::progress::Bars;
 use crate::report::{Help, Usage};
-use crate::system;
+use crate::{running, system};
 
 /// Exit statuses that are not the debug-exit port's, which are odd: see `args::EXIT_STATUS`.
 mod status {
@@ -30,7 +31,9 @@ mod status {
 /// Starts the guest, and waits for its end.
 pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
-    let config = configure(args)?;
+    let mut config = configure(args)?;
+    let (name, control) = running::take_name(args, &config.name)?;
+    config.name = name;
     let prepared = begun.elapsed();
     let console = Arc::new(Console::new(Box::new(std::io::stdout())));
     let mut vm = Vm::new(&config, &console)?;
@@ -49,6 +52,9 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     }
     let power = vm.power().clone();
     watch_signals(&power)?;
+    if let Some(control) = &control {
+        control.serve(status(&config, &vm), &console, &power).context("the host gives no thread")?;
+    }
     // Boot menus take any key as a wish to choose, the end of input included.
     let tell_end = matches!(config.boot, Boot::Kernel { .. });
     read_input(raw.is_some(), tell_end, &console, &power)?;
@@ -82,6 +88,17 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     }
     flushed?;
     Ok(finish(end.as_ref(), args))
+}
+
+fn status(config: &Config, vm: &Vm) -> Status {
+    Status {
+        name: config.name.clone(),
+        engine: vm.engine().into(),
+        cpus: config.cpus,
+        memory: config.memory,
+        pid: std::process::id(),
+        seconds: 0,
+    }
 }
 
 fn listen(address: std::net::SocketAddr) -> anyhow::Result<std::net::TcpListener> {

@@ -1,8 +1,10 @@
 //! The guest's console as its owner has it: one for the VM's whole life, through every reset of the machine.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io::{ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -13,6 +15,11 @@ use machine::power::End;
 
 /// What Linux says when it panics. It is looked for in the output, for the reset that follows looks like any other.
 const PANIC: &[u8] = b"Kernel panic - not syncing";
+
+/// Bytes of output that those who look in later are shown.
+const RECENT: usize = 64 << 10;
+/// Pieces of output that wait for one who looks in. Who takes no more of them is shown no more.
+const BEHIND: usize = 4096;
 
 /// Where output goes, and where input is to come out.
 pub struct Console {
@@ -26,6 +33,20 @@ struct Output {
     to: Box<dyn Write + Send>,
     /// How much of [`PANIC`] the last bytes match.
     matched: usize,
+    recent: VecDeque<u8>,
+    views: Vec<(u64, SyncSender<Vec<u8>>)>,
+    next_view: u64,
+}
+
+/// Somebody who looks in on the console.
+#[derive(Debug)]
+pub(crate) struct View {
+    /// To be ended by.
+    pub id: u64,
+    /// The last of what was written before.
+    pub recent: Vec<u8>,
+    /// What is written from then on.
+    pub news: Receiver<Vec<u8>>,
 }
 
 #[derive(Clone)]
@@ -44,7 +65,13 @@ impl Console {
     /// A console that writes to `to`.
     pub fn new(to: Box<dyn Write + Send>) -> Self {
         Self {
-            out: Mutex::new(Output { to, matched: 0 }),
+            out: Mutex::new(Output {
+                to,
+                matched: 0,
+                recent: VecDeque::new(),
+                views: Vec::new(),
+                next_view: 0,
+            }),
             panicked: AtomicBool::new(false),
             machine: Mutex::new(None),
             attached: Condvar::new(),
@@ -88,6 +115,21 @@ impl Console {
         self.plugs().pm.press_power_button();
     }
 
+    /// Shows the output to one more, from a moment ago on.
+    pub(crate) fn view(&self) -> View {
+        let (sender, news) = sync_channel(BEHIND);
+        let mut out = lock(&self.out);
+        let id = out.next_view;
+        out.next_view += 1;
+        out.views.push((id, sender));
+        View { id, recent: out.recent.iter().copied().collect(), news }
+    }
+
+    /// Shows this one no more.
+    pub(crate) fn end_view(&self, id: u64) {
+        lock(&self.out).views.retain(|view| view.0 != id);
+    }
+
     /// Whether the guest's kernel said that it panicked.
     pub(crate) fn panicked(&self) -> bool {
         self.panicked.load(Ordering::Relaxed)
@@ -100,6 +142,15 @@ impl Console {
         }
         // An output that cannot be written to has been closed by its reader.
         let _ = lock(&self.out).to.flush();
+    }
+}
+
+impl Output {
+    fn show(&mut self, bytes: &[u8]) {
+        self.recent.extend(bytes);
+        let over = self.recent.len().saturating_sub(RECENT);
+        self.recent.drain(..over);
+        self.views.retain(|(_, view)| view.try_send(bytes.to_vec()).is_ok());
     }
 }
 
@@ -120,6 +171,7 @@ impl Write for Writer {
                 self.console.panicked.store(true, Ordering::Relaxed);
             }
         }
+        out.show(bytes);
         let done = out.to.write_all(bytes).and_then(|()| out.to.flush());
         if let Err(error) = &done {
             self.power.request(lost(error));

@@ -6,6 +6,7 @@
 mod assemble;
 mod config;
 mod console;
+pub mod control;
 mod cpus;
 mod error;
 mod firmware;
@@ -86,6 +87,11 @@ impl Vm {
             ran: Duration::ZERO,
             paused: false,
         })
+    }
+
+    /// What runs it.
+    pub fn engine(&self) -> &'static str {
+        self.assembly.engine
     }
 
     /// The power switch.

@@ -1,0 +1,90 @@
+//! The user's side.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use super::{Answer, LONGEST_LINE, PATIENCE, Request, Status};
+
+/// Why a VM did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum Refused {
+    #[error("the virtual machine's process does not answer: {0}")]
+    Gone(#[from] io::Error),
+    #[error(
+        "the virtual machine's process answers with what this version of Lodge does not know; use the version that started it"
+    )]
+    Unknown,
+    #[error("{0}")]
+    Told(String),
+}
+
+/// A connection to a running VM, good for one request.
+#[derive(Debug)]
+pub struct Client(BufReader<UnixStream>);
+
+impl Client {
+    /// Connects to the VM that listens at `path`.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        super::server::through_directory(path, |short| UnixStream::connect(short))
+            .map(|s| Self(BufReader::new(s)))
+    }
+
+    fn ask(&mut self, request: &Request) -> Result<Answer, Refused> {
+        let stream = self.0.get_ref();
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut line = serde_json::to_vec(request).map_err(io::Error::from)?;
+        line.push(b'\n');
+        (&*stream).write_all(&line)?;
+        let mut answer = Vec::new();
+        (&mut self.0).take(LONGEST_LINE).read_until(b'\n', &mut answer)?;
+        if answer.is_empty() {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        match serde_json::from_slice(&answer).map_err(|_| Refused::Unknown)? {
+            Answer::Refused(why) => Err(Refused::Told(why)),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Has something done.
+    ///
+    /// # Errors
+    /// It was not.
+    pub fn tell(mut self, request: &Request) -> Result<(), Refused> {
+        match self.ask(request)? {
+            Answer::Done => Ok(()),
+            _ => Err(Refused::Unknown),
+        }
+    }
+
+    /// What the VM is.
+    ///
+    /// # Errors
+    /// It does not say.
+    pub fn status(mut self) -> Result<Status, Refused> {
+        match self.ask(&Request::Status)? {
+            Answer::Status(status) => Ok(status),
+            _ => Err(Refused::Unknown),
+        }
+    }
+
+    /// Asks for a stream of bytes. What the VM sends is to be read from the reader; the writer's other half is it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn stream(mut self, request: &Request) -> Result<(BufReader<UnixStream>, UnixStream), Refused> {
+        match self.ask(request)? {
+            Answer::Stream => {
+                self.0.get_ref().set_read_timeout(None)?;
+                let other = self.0.get_ref().try_clone()?;
+                Ok((self.0, other))
+            }
+            _ => Err(Refused::Unknown),
+        }
+    }
+}

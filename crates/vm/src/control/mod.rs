@@ -1,0 +1,70 @@
+//! The control socket: how other programs of the user's talk to a running VM.
+//!
+//! A Unix socket, one request per connection. The client sends one line of JSON, a [`Request`]; the server answers with one line,
+//! an [`Answer`]. After [`Answer::Stream`] the connection carries bytes in both directions until either side closes it. All
+//! connections end with the VM.
+
+mod client;
+mod server;
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use client::{Client, Refused};
+pub use server::{Server, Taken};
+
+/// What a client asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// What the VM is: [`Answer::Status`].
+    Status,
+    /// The guest's console, what it wrote last first: [`Answer::Stream`].
+    Console,
+    /// The power button: most systems shut down.
+    PowerButton,
+    /// The end of the VM, at once.
+    Stop,
+    /// The VM's end: [`Answer::Stream`], which ends then.
+    Wait,
+}
+
+/// What it is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// It was done.
+    Done,
+    /// What the VM is.
+    Status(Status),
+    /// Bytes follow, in both directions.
+    Stream,
+    /// It was not done: one line, with a way out.
+    Refused(String),
+}
+
+/// What a VM is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its name.
+    pub name: String,
+    /// What runs it.
+    pub engine: String,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Its process.
+    pub pid: u32,
+    /// Seconds since it was started.
+    pub seconds: u64,
+}
+
+/// A request in JSON at most.
+const LONGEST_LINE: u64 = 64 << 10;
+/// How long either side waits for the other's line.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,195 @@
+//! The VM's side.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use machine::Power;
+use machine::power::End;
+
+use super::{Answer, LONGEST_LINE, PATIENCE, Request, Status};
+use crate::console::{Console, View};
+
+/// Connections at a time.
+const MOST_CLIENTS: usize = 256;
+
+/// Why a VM cannot be reached by a name.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum Taken {
+    #[error(
+        "a virtual machine called {0} is running; choose another name with --name, or see it with `lodge console {0}`"
+    )]
+    Name(String),
+    #[error("cannot listen at {}: {}", .0.display(), .1)]
+    Host(PathBuf, io::Error),
+}
+
+/// Listens until it is dropped.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+/// What requests are about: it outlives the machine's resets.
+#[derive(Debug)]
+struct Vm {
+    status: Status,
+    begun: Instant,
+    console: Arc<Console>,
+    power: Power,
+    clients: AtomicUsize,
+}
+
+impl Server {
+    /// Takes the name: from now on nobody else gets it. Clients wait until [`Server::serve`].
+    ///
+    /// # Errors
+    /// A VM of that name runs, or the host refuses.
+    pub fn bind(dir: &Path, name: &str) -> Result<Self, Taken> {
+        let path = dir.join(format!("{name}.sock"));
+        let refused = |error| Taken::Host(path.clone(), error);
+        // Only the user may look in.
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(refused)?;
+        // Held while we look who is there: two VMs may start at the same time.
+        let lock = File::open(dir).map_err(refused)?;
+        lock.lock().map_err(refused)?;
+        match through_directory(&path, |short| UnixStream::connect(short)) {
+            Ok(_) => return Err(Taken::Name(name.into())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Left by a process that was killed.
+            Err(_) if fs::symlink_metadata(&path).is_ok_and(|file| file.file_type().is_socket()) => {
+                fs::remove_file(&path).map_err(refused)?;
+            }
+            Err(error) => return Err(refused(error)),
+        }
+        let listener = through_directory(&path, |short| UnixListener::bind(short)).map_err(refused)?;
+        Ok(Self { path, listener })
+    }
+
+    /// Answers requests about this VM from now on, on threads of its own.
+    ///
+    /// # Errors
+    /// The host gives no thread.
+    pub fn serve(&self, status: Status, console: &Arc<Console>, power: &Power) -> io::Result<()> {
+        let listener = self.listener.try_clone()?;
+        let vm = Arc::new(Vm {
+            status,
+            begun: Instant::now(),
+            console: console.clone(),
+            power: power.clone(),
+            clients: AtomicUsize::new(0),
+        });
+        std::thread::Builder::new().name("control".into()).spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let vm = vm.clone();
+                if vm.clients.fetch_add(1, Ordering::SeqCst) >= MOST_CLIENTS {
+                    vm.clients.fetch_sub(1, Ordering::SeqCst);
+                    continue;
+                }
+                // A client that gets no thread sees its connection closed.
+                let _ = std::thread::Builder::new().name("control client".into()).spawn(move || {
+                    // A client that has gone has gone.
+                    let _ = vm.answer(stream);
+                    vm.clients.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+        })?;
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The next of that name removes it otherwise.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Vm {
+    /// Answers one client to its end.
+    fn answer(&self, stream: UnixStream) -> io::Result<()> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let mut from = BufReader::new(&stream);
+        let mut line = Vec::new();
+        (&mut from).take(LONGEST_LINE).read_until(b'\n', &mut line)?;
+        let answer = match serde_json::from_slice(&line) {
+            Ok(Request::Status) => {
+                Answer::Status(Status { seconds: self.begun.elapsed().as_secs(), ..self.status.clone() })
+            }
+            Ok(Request::PowerButton) => {
+                self.console.press_power_button();
+                Answer::Done
+            }
+            Ok(Request::Stop) => {
+                self.power.request(End::Stopped("`lodge stop`"));
+                Answer::Done
+            }
+            Ok(Request::Console) => return self.show_console(from),
+            Ok(Request::Wait) => {
+                say(&stream, &Answer::Stream)?;
+                stream.set_read_timeout(None)?;
+                // The process' end closes it, if the client does not.
+                return io::copy(&mut from, &mut io::sink()).map(|_| ());
+            }
+            Err(_) => Answer::Refused(
+                "the virtual machine does not know such a request; use the version of Lodge that started it"
+                    .into(),
+            ),
+        };
+        say(&stream, &answer)
+    }
+
+    fn show_console(&self, mut from: BufReader<&UnixStream>) -> io::Result<()> {
+        let stream = *from.get_ref();
+        say(stream, &Answer::Stream)?;
+        stream.set_read_timeout(None)?;
+        let View { id, recent, news } = self.console.view();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut to = stream;
+                let mut done = to.write_all(&recent);
+                while let (Ok(()), Ok(bytes)) = (&done, news.recv()) {
+                    done = to.write_all(&bytes);
+                }
+                // Ends the other direction, too.
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+            });
+            let mut buffer = [0; 4096];
+            let typed = loop {
+                match from.read(&mut buffer) {
+                    Ok(0) => break Ok(()),
+                    Ok(n) => self.console.push(&buffer[..n]),
+                    Err(error) => break Err(error),
+                }
+            };
+            self.console.end_view(id);
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+            typed
+        })
+    }
+}
+
+fn say(mut stream: &UnixStream, answer: &Answer) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+/// Does something with a socket's path by a short name for its directory: the addresses of sockets have 107 bytes (unix(7)), paths
+/// more.
+pub(super) fn through_directory<T>(path: &Path, f: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let dir = File::open(dir)?;
+    f(&Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name))
+}

@@ -1,0 +1,96 @@
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use machine::Power;
+use machine::power::End;
+
+use super::*;
+use crate::Console;
+
+struct Bed {
+    dir: tempfile::TempDir,
+    power: Power,
+    console: Arc<Console>,
+    _server: Server,
+}
+
+impl Bed {
+    fn new() -> Self {
+        // Longer than a socket's address may be.
+        let dir = tempfile::Builder::new().prefix(&"d".repeat(150)).tempdir().unwrap();
+        let (power, console) = (Power::default(), Arc::new(Console::new(Box::new(std::io::sink()))));
+        let server = Server::bind(dir.path(), "one").unwrap();
+        server.serve(status(), &console, &power).unwrap();
+        Self { dir, power, console, _server: server }
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.dir.path().join("one.sock")).unwrap()
+    }
+}
+
+fn status() -> Status {
+    Status { name: "one".into(), engine: "none".into(), cpus: 1, memory: 1 << 20, pid: 1, seconds: 0 }
+}
+
+#[test]
+fn a_name_is_taken_once_and_again_after_its_vm_is_gone() {
+    let bed = Bed::new();
+    assert!(matches!(Server::bind(bed.dir.path(), "one"), Err(Taken::Name(name)) if name == "one"));
+    drop(Server::bind(bed.dir.path(), "two").unwrap());
+    // As a killed process leaves it.
+    let left = Server::bind(bed.dir.path(), "two").unwrap();
+    let path = bed.dir.path().join("two.sock");
+    std::fs::rename(&path, bed.dir.path().join("kept")).unwrap();
+    drop(left);
+    std::fs::rename(bed.dir.path().join("kept"), &path).unwrap();
+    Server::bind(bed.dir.path(), "two").unwrap();
+    // Something else's file is left alone.
+    std::fs::write(bed.dir.path().join("three.sock"), "text").unwrap();
+    assert!(matches!(Server::bind(bed.dir.path(), "three"), Err(Taken::Host(..))));
+}
+
+#[test]
+fn it_tells_and_does_what_it_is_asked() {
+    let bed = Bed::new();
+    assert_eq!(bed.client().status().unwrap(), status());
+    bed.client().tell(&Request::Stop).unwrap();
+    assert_eq!(bed.power.wait(None), Some(End::Stopped("`lodge stop`")));
+    let wrong = bed.client().stream(&Request::Status);
+    assert!(matches!(wrong, Err(Refused::Unknown)), "{wrong:?}");
+}
+
+#[test]
+fn the_console_shows_what_was_and_what_comes() {
+    let bed = Bed::new();
+    let mut guest = bed.console.writer(&bed.power);
+    guest.write_all(b"before ").unwrap();
+    let (mut from, to) = bed.client().stream(&Request::Console).unwrap();
+    let mut seen = [0; 7];
+    from.read_exact(&mut seen).unwrap();
+    guest.write_all(b"after").unwrap();
+    let mut rest = [0; 5];
+    from.read_exact(&mut rest).unwrap();
+    assert_eq!((&seen, &rest), (b"before ", b"after"));
+    // Who leaves is forgotten, though the guest says nothing more.
+    to.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(from.read(&mut rest).unwrap(), 0);
+}
+
+#[test]
+fn nonsense_is_refused() {
+    let bed = Bed::new();
+    let path = bed.dir.path().join("one.sock");
+    let mut long = vec![b'{'; 1 << 20];
+    long.push(b'\n');
+    for nonsense in [&b"{\"no-such-request\":null}\n"[..], b"\n", b"\xff\xfe\n", &long] {
+        let mut stream = super::server::through_directory(&path, |short| UnixStream::connect(short)).unwrap();
+        // It may hang up before it has read all.
+        let _ = stream.write_all(nonsense);
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        assert!(answer.is_empty() || answer.starts_with("{\"refused\":"), "{answer}");
+    }
+    assert_eq!(bed.client().status().unwrap(), status());
+}
