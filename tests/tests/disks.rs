@@ -1,11 +1,12 @@
 //! Disks as stock kernels use them: what a guest writes is in the image, on either side of a reset.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use images::Options;
-use lodge_tests::{Done, Scratch, default_guest, lodge, start_with};
+use lodge_tests::{Done, Scratch, default_guest, lodge, start_typing, start_with};
 use sha2::Digest;
 
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -166,6 +167,51 @@ fn a_disk_outlives_resets_and_may_be_for_reading_only() {
     let done = with_disk("tiny", &argument, "cat /sys/block/vda/ro; echo x | dd of=/dev/vda 2>&1\n");
     assert!(done.out.contains("\n1\n"), "{}", done.out);
     assert!(std::fs::read(&path).unwrap() == before, "nothing was written");
+}
+
+/// The VM's process is killed while the guest writes: what the guest was told is on the disk is in the image, and that is sound.
+#[test]
+fn what_a_guest_flushed_outlives_its_vm() {
+    if !available(None) {
+        return;
+    }
+    const BLOCKS: u64 = SIZE / 4096;
+    let scratch = Scratch::new("disk-kill");
+    let path = scratch.path().join("a.qcow2");
+    disks::create(&path, disks::Format::Qcow2, SIZE, None).unwrap();
+    let place = |n: u64| n * 1237 % BLOCKS;
+    let mut n = 0;
+    for round in 1..=4 {
+        // Every block another number, repeated, in an order that jumps about in the image.
+        let input = format!(
+            "n={n}; while :; do n=$((n + 1)); yes $n | head -c 4096 | \
+             dd of=/dev/vda bs=4096 seek=$((n * 1237 % {BLOCKS})) conv=fsync 2>/dev/null; echo flushed $n.; done\n"
+        );
+        let mut command = Command::new(lodge());
+        command.args(["run", "tiny", "--disk"]).arg(&path);
+        let (mut running, mut stdin) = start_typing(&mut command);
+        stdin.write_all(input.as_bytes()).unwrap();
+        running.line(&format!("flushed {}.", n + 40 * round), PATIENCE);
+        running.child.kill().unwrap();
+        let done = running.wait(PATIENCE);
+        let told = done
+            .out
+            .lines()
+            .filter_map(|line| line.strip_prefix("flushed ")?.strip_suffix('.')?.parse().ok());
+        n = told.max().unwrap();
+        assert!(n < BLOCKS);
+        let check = Command::new("qemu-img").args(["check", "-q"]).arg(&path).output().unwrap();
+        // 3 says that clusters leaked, and that nothing else is wrong (qemu-img(1)).
+        assert!(matches!(check.status.code(), Some(0 | 3)), "{check:?}");
+        let options = disks::Options { read_only: true, ..Default::default() };
+        let image = disks::Disk::open(&path, &options).unwrap();
+        for n in 1..=n {
+            let mut block = [0; 4096];
+            image.read(place(n) * 4096, &mut block).unwrap();
+            let expected: Vec<u8> = format!("{n}\n").bytes().cycle().take(4096).collect();
+            assert!(block[..] == expected, "block {n} of {}", place(n));
+        }
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use imago::format::gate::ImplicitOpenGate;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Storage, StorageOpenOptions};
 
+use crate::file::File as ImageFile;
 use crate::{Error, Format, qcow2, raw};
 
 /// How many images may lie over one another.
@@ -16,7 +17,7 @@ const MAX_IMAGES: usize = 16;
 const MAX_EXTENTS: usize = 256;
 
 /// An open image with what lies below it.
-pub type Layer = FormatAccess<imago::file::File>;
+pub type Layer = FormatAccess<ImageFile>;
 
 /// One file of a chain, open and locked.
 pub struct Image {
@@ -91,15 +92,16 @@ pub fn open(image: Image, write: bool, chain: &mut Chain) -> Result<Layer, Error
     let deny = DenyImplicitOpenGate::default;
     match image.format {
         Format::Raw => {
-            let file = image.file.try_into().map_err(failed)?;
+            let file = ImageFile::new(image.file, None).map_err(failed)?;
             Ok(FormatAccess::new(imago::raw::Raw::builder(file).open(deny()).map_err(failed)?))
         }
         Format::Qcow2 => {
-            let below = match qcow2::check(&image)? {
+            let header = qcow2::check(&image)?;
+            let below = match header.backing {
                 Some(backing) => Some(open_backing(&path, backing, chain)?),
                 None => None,
             };
-            let file = image.file.try_into().map_err(failed)?;
+            let file = ImageFile::new(image.file, write.then_some(header.l1)).map_err(failed)?;
             let builder = imago::qcow2::Qcow2::builder(file).backing(below).data_file(None).write(write);
             Ok(FormatAccess::new(builder.open(deny()).map_err(failed)?))
         }
@@ -138,7 +140,7 @@ fn open_vmdk(image: Image, chain: &mut Chain) -> Result<Layer, Error> {
     }
     let extents = Extents { folder: folder(&image.path), locks: &mut chain.locks };
     // By path, not by the open file: only so does imago know the folder of the extents.
-    let builder = imago::vmdk::Vmdk::<imago::file::File>::builder_path(&image.path);
+    let builder = imago::vmdk::Vmdk::<ImageFile>::builder_path(&image.path);
     Ok(FormatAccess::new(builder.open(extents).map_err(failed)?))
 }
 
@@ -148,12 +150,12 @@ struct Extents<'a> {
     locks: &'a mut Locks,
 }
 
-impl ImplicitOpenGate<imago::file::File> for Extents<'_> {
-    fn open_format<F: FormatDriverBuilder<imago::file::File>>(&mut self, _: F) -> io::Result<Layer> {
+impl ImplicitOpenGate<ImageFile> for Extents<'_> {
+    fn open_format<F: FormatDriverBuilder<ImageFile>>(&mut self, _: F) -> io::Result<Layer> {
         Err(io::Error::other("it lies over another image, which Lodge does not do for VMDK"))
     }
 
-    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<imago::file::File> {
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<ImageFile> {
         let path = options.get_filename().filter(|path| folder(path) == self.folder);
         let path = path.ok_or_else(|| {
             io::Error::other("it names a file outside its own folder; convert it with qemu-img convert")
@@ -162,7 +164,7 @@ impl ImplicitOpenGate<imago::file::File> for Extents<'_> {
             return Err(io::Error::other("it has more than 256 parts; convert it with qemu-img convert"));
         }
         open_locked(path, false, self.locks).map_err(io::Error::other)?;
-        imago::file::File::open(options.write(false))
+        ImageFile::open(options.write(false))
     }
 }
 

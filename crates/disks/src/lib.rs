@@ -10,6 +10,13 @@
 //! Every file of a disk carries a `flock`: exclusive if it is written, shared if it is read. So two VMs can share a base image,
 //! and neither can write what another has open. QEMU's locks are of another kind: it and Lodge do not see each other's.
 //!
+//! # What a flush promises
+//!
+//! When [`Disk::flush`] has returned, what was written before is on stable storage, with all that is needed to find it. An image
+//! whose process is killed at any time is sound: whatever is referred to is counted. Clusters may leak, for they are counted
+//! before they are used and given back after (`qemu-img check -r leaks` finds them). Where the host itself loses power, writes since
+//! the last flush may have reached its disk in any order; then `qemu-img check -r all` is in place.
+//!
 //! # Formats that a guest could forge
 //!
 //! A guest owns every byte of a raw image, so it could write a qcow2 header there that names a file of the host as its backing
@@ -20,11 +27,13 @@
 //! An image made by a stranger may name any file of the host as its backing file: open such images only if you trust who made
 //! them. Extents of a VMDK are taken from its own folder alone.
 
-#![forbid(unsafe_code)]
+// Not `forbid`, for the signatures of a trait of imago's (see `file`).
+#![deny(unsafe_code)]
 
 mod chain;
 mod create;
 mod error;
+mod file;
 mod qcow2;
 mod raw;
 
@@ -34,6 +43,7 @@ use std::sync::{PoisonError, RwLock};
 
 pub use create::create;
 pub use error::Error;
+use imago::Mapping;
 
 /// How an image stores its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,8 +105,26 @@ pub struct Disk {
 #[derive(Debug)]
 enum Store {
     Raw(raw::Raw),
-    /// Requests share the lock; what may move or drop clusters under another request holds it alone.
+    /// Requests share the lock; what may make, move or drop clusters under another request holds it alone.
     Layered(Box<RwLock<chain::Layer>>),
+}
+
+/// Writes; what needs new clusters holds the lock alone. For `imago` writes its tables to disk, for a flush or to make room, in two
+/// steps: the counts of clusters, then what refers to them. No cluster may be counted and referred to between these.
+fn write_layered(layer: &RwLock<chain::Layer>, offset: u64, from: &[u8]) -> std::io::Result<()> {
+    let shared = held(layer.read());
+    let mut at = offset;
+    let end = offset + from.len() as u64;
+    while at < end {
+        match shared.get_mapping(at, end - at)? {
+            (Mapping::Raw { writable: true, .. }, len @ 1..) => at += len,
+            _ => {
+                drop(shared);
+                return held(layer.write()).write(from, offset);
+            }
+        }
+    }
+    shared.write(from, offset)
 }
 
 /// What a [`RwLock`] of ours gives, whether or not somebody panicked with it: nothing of ours is half done inside.
@@ -170,7 +198,7 @@ impl Disk {
                 Ok(forged) => return Err(Error::Forged { path: self.path.clone(), format: forged }),
                 Err(error) => Err(error),
             },
-            Store::Layered(layer) => held(layer.read()).write(from, offset),
+            Store::Layered(layer) => write_layered(layer, offset, from),
         }
         .map_err(|error| Error::io("write", &self.path, error))
     }

@@ -2,6 +2,7 @@
 //!
 //! Source: QEMU's documentation, docs/interop/qcow2.
 
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -21,15 +22,23 @@ pub struct Backing {
     pub format: Option<Format>,
 }
 
-/// Checks an image's header, and gives what it lies over.
-pub fn check(image: &Image) -> Result<Option<Backing>, Error> {
+/// What a header says.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Header {
+    pub backing: Option<Backing>,
+    /// Where in the file the table of the cluster tables is.
+    pub l1: Range<u64>,
+}
+
+/// Checks an image's header.
+pub fn check(image: &Image) -> Result<Header, Error> {
     // The header, its extensions and the backing file's name are in the first cluster, which has 2 MiB at most.
     let mut first = vec![0; image.len.min(2 << 20) as usize];
     image.file.read_exact_at(&mut first, 0).map_err(|error| Error::io("read", &image.path, error))?;
     parse(&first, image.len, &image.path)
 }
 
-fn parse(first: &[u8], len: u64, path: &Path) -> Result<Option<Backing>, Error> {
+fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
     let damaged = |what: &str| Error::damaged(path, what);
     let u32_at = |at: usize| Some(u32::from_be_bytes(first.get(at..at.checked_add(4)?)?.try_into().ok()?));
     let field = |at| u32_at(at).ok_or_else(|| damaged("its header is cut short"));
@@ -65,9 +74,11 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Option<Backing>, Error> 
     {
         return Err(damaged("the size of its disk and of its cluster table do not fit"));
     }
+    let l1 = field64(40)?;
     if l1_entries > 0 {
-        table(field64(40)?, l1_entries * 8, "cluster table")?;
+        table(l1, l1_entries * 8, "cluster table")?;
     }
+    let l1 = l1..l1.saturating_add(l1_entries * 8);
     let refcounts = u64::from(field(56)?) * cluster;
     if refcounts > MAX_REFCOUNT_TABLE.max(cluster) {
         return Err(damaged("its reference count table is too large"));
@@ -86,7 +97,7 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Option<Backing>, Error> 
 
     let name_at = field64(8)?;
     if name_at == 0 {
-        return Ok(None);
+        return Ok(Header { backing: None, l1 });
     }
     let name = usize::try_from(name_at)
         .ok()
@@ -121,7 +132,7 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Option<Backing>, Error> 
         }
         extensions = (kind != 0).then(|| at + 8 + length.next_multiple_of(8));
     }
-    Ok(Some(Backing { name: name.into(), format }))
+    Ok(Header { backing: Some(Backing { name: name.into(), format }), l1 })
 }
 
 /// Refuses what an image demands of those who open it, and `imago` does not know, with a way out for each.
