@@ -31,6 +31,8 @@ const PATTERNS: [&str; 8] = [
 pub enum Bus {
     /// virtio-blk
     Virtio,
+    /// virtio-blk with packed rings
+    VirtioPacked,
     /// NVMe
     Nvme,
 }
@@ -94,7 +96,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut initrd = tempfile::NamedTempFile::new()?;
     initrd.write_all(&image)?;
     let device = match args.bus {
-        Bus::Virtio => "/dev/vda",
+        Bus::Virtio | Bus::VirtioPacked => "/dev/vda",
         Bus::Nvme => "/dev/nvme0n1",
     };
     let setup = Setup {
@@ -140,11 +142,13 @@ fn connect(command: &mut Command, engine: &str, bus: Bus, disk: &Path) {
             .arg(format!("file={path},if=none,id=disk,format=raw,cache=writeback,discard=unmap"));
         command.arg("-device").arg(match bus {
             Bus::Virtio => "virtio-blk-pci,drive=disk,disable-legacy=on",
+            Bus::VirtioPacked => "virtio-blk-pci,drive=disk,disable-legacy=on,packed=on",
             Bus::Nvme => "nvme,drive=disk,serial=bench",
         });
     } else {
         let bus = match bus {
             Bus::Virtio => "virtio",
+            Bus::VirtioPacked => "virtio-packed",
             Bus::Nvme => "nvme",
         };
         command.arg("--disk").arg(format!("{path},format=raw,bus={bus}"));

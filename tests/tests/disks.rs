@@ -32,20 +32,23 @@ fn what_a_guest_writes_is_in_the_image() {
     let scratch = Scratch::new("disk");
     let raw = scratch.path().join("with,comma.img");
     std::fs::File::create(&raw).unwrap().set_len(SIZE).unwrap();
-    let argument = format!("{},serial=abc", raw.display().to_string().replace(',', ",,"));
-    for (n, (image, suite)) in [("tiny", None), ("tiny:trixie", Some("trixie"))].into_iter().enumerate() {
+    let path = raw.display().to_string().replace(',', ",,");
+    let guests = [("tiny", None, "virtio"), ("tiny:trixie", Some("trixie"), "virtio-packed")];
+    for (n, (image, suite, bus)) in guests.into_iter().enumerate() {
         if !available(suite) {
             continue;
         }
         let at = 8 + n;
+        let argument = format!("{path},serial=abc,bus={bus}");
         let input = format!(
-            "cat /sys/block/vda/serial; echo; cat /sys/block/vda/size\n\
+            "echo packed $(cut -c 35 /sys/block/vda/device/features); cat /sys/block/vda/serial; echo; cat /sys/block/vda/size\n\
              echo lodge | dd of=/dev/vda seek={at} conv=fsync 2>/dev/null\n\
              dd if=/dev/zero of=/dev/vda bs=1M seek=1 count=31 conv=fsync 2>&1; blkdiscard /dev/vda -o 16777216\n"
         );
         let done = with_disk(image, &argument, &input);
         let lines: Vec<_> = done.out.lines().collect();
         assert!(lines.contains(&"abc") && lines.contains(&"65536"), "{}", done.out);
+        assert!(lines.contains(&format!("packed {n}").as_str()), "{}", done.out);
         assert_eq!(sector(&raw, at), b"lodge\n", "{}", done.out);
     }
 }

@@ -35,10 +35,11 @@ pub fn parse(text: &str) -> Result<Disk, String> {
             Some(("format", "qcow2")) => disk.options.format = Some(Format::Qcow2),
             Some(("format", "vmdk")) => disk.options.format = Some(Format::Vmdk),
             Some(("bus", "virtio")) => disk.bus = DiskBus::Virtio,
+            Some(("bus", "virtio-packed")) => disk.bus = DiskBus::VirtioPacked,
             Some(("bus", "nvme")) => disk.bus = DiskBus::Nvme,
             Some(("bus", "sata")) => disk.bus = DiskBus::Sata,
             Some(("bus", other)) => {
-                return Err(format!("\"{other}\" is no bus; there are virtio, nvme and sata"));
+                return Err(format!("\"{other}\" is no bus; there are virtio, virtio-packed, nvme and sata"));
             }
             Some(("format", other)) => {
                 return Err(format!("\"{other}\" is no format; there are raw, qcow2 and vmdk"));

@@ -48,7 +48,7 @@ impl Pieces {
     /// Copies into guest memory behind the first `skip` bytes.
     pub fn put_at(&self, memory: &Memory, skip: u64, from: &[u8]) -> Result<(), Fault> {
         let mut cursor = self.cursor(memory);
-        cursor.done = skip;
+        cursor.skip(skip);
         cursor.put(from)
     }
 
@@ -70,7 +70,8 @@ impl Pieces {
         })
     }
 
-    fn cursor<'a>(&'a self, memory: &'a Memory) -> Cursor<'a> {
+    /// The place before the first byte.
+    pub fn cursor<'a>(&'a self, memory: &'a Memory) -> Cursor<'a> {
         Cursor { memory, pieces: &self.0, done: 0 }
     }
 }
@@ -85,7 +86,8 @@ fn chunks(at: u64, len: u64, mut each: impl FnMut(u64, &mut [u8]) -> Result<(), 
 }
 
 /// A place in the pieces.
-struct Cursor<'a> {
+#[derive(Clone)]
+pub struct Cursor<'a> {
     memory: &'a Memory,
     pieces: &'a [(u64, u64)],
     /// Bytes that are behind us, from the start of the first of these pieces on.
@@ -93,14 +95,33 @@ struct Cursor<'a> {
 }
 
 impl Cursor<'_> {
-    fn get(&mut self, to: &mut [u8]) -> Result<(), Fault> {
+    /// Copies bytes out of guest memory.
+    pub fn get(&mut self, to: &mut [u8]) -> Result<(), Fault> {
         let memory = self.memory;
         self.walk(to.len(), |at, range| memory.guest().read_slice(&mut to[range], at))
     }
 
-    fn put(&mut self, from: &[u8]) -> Result<(), Fault> {
+    /// Copies bytes into guest memory.
+    pub fn put(&mut self, from: &[u8]) -> Result<(), Fault> {
         let memory = self.memory;
         self.walk(from.len(), |at, range| memory.guest().write_slice(&from[range], at))
+    }
+
+    /// Goes on without copying.
+    pub fn skip(&mut self, bytes: u64) {
+        self.done = self.done.saturating_add(bytes);
+    }
+
+    /// Where the next `bytes` bytes lie: addresses, and bytes of each piece.
+    pub fn pieces(&self, bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+        let (mut skip, mut left) = (self.done, bytes);
+        self.pieces.iter().filter_map(move |&(address, len)| {
+            let skipped = skip.min(len);
+            skip -= skipped;
+            let n = (len - skipped).min(left);
+            left -= n;
+            (n > 0).then(|| (address.saturating_add(skipped), n))
+        })
     }
 
     /// Calls `each` for every address and the range of the `len` bytes that lies there.

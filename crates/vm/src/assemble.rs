@@ -235,9 +235,10 @@ fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<Ve
     for disk in &config.disks {
         let image = disk.image.clone();
         match disk.bus {
-            DiskBus::Virtio => {
-                let device = Arc::new(virtio::blk::Blk::new(image, &disk.serial, config.cpus));
-                let at = virtio_function(host, machine, device)?;
+            DiskBus::Virtio | DiskBus::VirtioPacked => {
+                let device = virtio::blk::Blk::new(image, &disk.serial, config.cpus);
+                let device = if disk.bus == DiskBus::Virtio { device } else { device.packed() };
+                let at = virtio_function(host, machine, Arc::new(device))?;
                 bootable.push(firmware::boot_path("scsi", at, "disk@0,0"));
             }
             DiskBus::Nvme => {

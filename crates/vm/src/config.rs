@@ -54,6 +54,8 @@ pub enum DiskBus {
     /// virtio-blk: the fastest, for guests that know that they are guests.
     #[default]
     Virtio,
+    /// virtio-blk with packed rings, where the guest's driver knows them.
+    VirtioPacked,
     /// An NVMe controller of its own, which systems of the last ten years know.
     Nvme,
     /// A SATA controller, which every system knows.

@@ -1,28 +1,22 @@
-//! Virtio 1.2 devices on PCI, by the modern transport and split rings. The rings themselves are the crate virtio-queue's.
+//! Virtio 1.2 devices on PCI, by the modern transport, with split and packed rings.
 //!
 //! A [`Device`] says what it is and serves requests; [`Pci`] makes a PCI function of it, with one or more threads for each
 //! queue. Requests that break the rules put the device in the state "needs reset", and change nothing
 //! else.
 
 pub mod blk;
+mod packed;
 mod queue;
+mod request;
+mod ring;
 pub mod rng;
 #[cfg(test)]
 mod tests;
 mod transport;
 
-use virtio_queue::{Reader, Writer};
-use vm_memory::GuestMemory;
-use vm_memory::bitmap::WithBitmapSlice;
-
-pub use queue::QueueState;
+pub use request::{In, Out};
+pub use ring::QueueState;
 pub use transport::{Pci, PciState, Wires};
-
-/// The bits of guest memory that a request can be read from and written to.
-pub type In<'a> = Reader<'a, Slice<'a>>;
-/// See [`In`].
-pub type Out<'a> = Writer<'a, Slice<'a>>;
-type Slice<'a> = <<memory::Guest as GuestMemory>::Bitmap as WithBitmapSlice<'a>>::S;
 
 /// The request cannot be understood at all: the driver is broken.
 #[derive(Debug)]
@@ -39,12 +33,17 @@ pub trait Device: Send + Sync {
     /// Features that it offers beside the transport's.
     fn features(&self) -> u64;
 
-    /// The largest size of each of its queues, a power of two.
+    /// The largest size of each of its queues, a power of two up to 32768.
     fn queues(&self) -> &[u16];
 
     /// How many requests of a queue it serves at once, where that is faster.
     fn threads(&self) -> usize {
         1
+    }
+
+    /// Whether packed rings are offered beside split ones: Linux takes them then.
+    fn packed_rings(&self) -> bool {
+        false
     }
 
     /// Its configuration as the driver reads it.

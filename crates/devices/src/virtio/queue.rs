@@ -5,27 +5,11 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-use memory::{Guest, Memory};
-use serde::{Deserialize, Serialize};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use memory::Memory;
 
+use super::ring::Queue;
 use super::{Broken, Device};
 use crate::lock;
-
-/// A queue's registers and indices as data.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct QueueState {
-    /// Entries.
-    pub size: u16,
-    /// The driver has enabled it.
-    pub ready: bool,
-    /// Guest-physical addresses of the descriptor table, the available ring and the used ring.
-    pub rings: [u64; 3],
-    /// Where the device is in the available ring, and in the used ring.
-    pub next: [u16; 2],
-    /// MSI-X vector, or 0xffff.
-    pub vector: u16,
-}
 
 /// A request that takes longer is worth waking another thread for the next one, which then need not wait for it.
 const SLOW: Duration = Duration::from_micros(50);
@@ -41,6 +25,8 @@ pub struct Vring {
     slow: AtomicBool,
     /// Helpers that wait for a call, by bits.
     idle: AtomicU64,
+    /// A helper was called for, and none has come.
+    called: AtomicBool,
     /// The first looks for requests when it is kicked, the others when they are called.
     threads: OnceLock<Vec<Thread>>,
 }
@@ -68,18 +54,15 @@ pub trait Owner: Send + Sync {
 
 impl Vring {
     /// A queue of at most `size` entries.
-    ///
-    /// # Panics
-    /// `size` is no power of two.
     pub fn new(size: u16) -> Self {
-        let queue = Queue::new(size).expect("sizes of queues are powers of two");
         Self {
-            inner: Mutex::new(Inner { queue, under_way: 0, held: 0 }),
+            inner: Mutex::new(Inner { queue: Queue::new(size), under_way: 0, held: 0 }),
             served: Condvar::new(),
             kicked: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             slow: AtomicBool::new(false),
             idle: AtomicU64::new(0),
+            called: AtomicBool::new(false),
             threads: OnceLock::new(),
         }
     }
@@ -164,16 +147,20 @@ impl Vring {
             } else {
                 let bit = 1 << thread;
                 self.idle.fetch_or(bit, Ordering::SeqCst);
-                std::thread::park();
-                if self.idle.fetch_and(!bit, Ordering::SeqCst) & bit == 0 {
+                // The call may have come before.
+                if self.called.swap(false, Ordering::SeqCst) {
+                    self.idle.fetch_and(!bit, Ordering::SeqCst);
                     return true;
                 }
+                std::thread::park();
+                self.idle.fetch_and(!bit, Ordering::SeqCst);
             }
         }
     }
 
     /// Wakes a thread that has nothing to do.
     fn call_helper(&self) {
+        self.called.store(true, Ordering::SeqCst);
         let idle = self.idle.load(Ordering::SeqCst);
         let first = idle & idle.wrapping_neg();
         if idle != 0
@@ -192,7 +179,6 @@ impl Vring {
         memory: &Memory,
         owner: &dyn Owner,
     ) -> Result<(), Broken> {
-        let guest = memory.guest();
         loop {
             // What makes it ready kicks the queue.
             if !device.ready(n) {
@@ -200,56 +186,41 @@ impl Vring {
             }
             // Locked anew for each request, so that a reset need not wait for all.
             let mut inner = lock(&self.inner);
-            let ready = owner.is_running() && inner.queue.ready() && inner.held == 0;
-            if !ready || self.stopped.load(Ordering::SeqCst) {
+            if inner.held > 0 || !owner.is_running() || self.stopped.load(Ordering::SeqCst) {
                 return Ok(());
             }
-            let chain = inner.queue.iter(guest).map_err(|_| Broken)?.next();
-            let Some(chain) = chain else {
-                inner.queue.enable_notification(guest).map_err(|_| Broken)?;
+            let Some(ring) = inner.queue.ring() else { return Ok(()) };
+            let Some(request) = ring.take(memory)? else {
+                ring.listen(memory, true)?;
                 // The driver's own barrier may have been dropped.
                 memory::order_threads();
-                if available(&inner.queue, memory)? == 0 {
+                if !ring.is_waiting(memory)? {
                     return Ok(());
                 }
                 continue;
             };
-            inner.queue.disable_notification(guest).map_err(|_| Broken)?;
-            if self.slow.load(Ordering::Relaxed) && available(&inner.queue, memory)? > 0 {
+            ring.listen(memory, false)?;
+            if self.slow.load(Ordering::Relaxed) && ring.is_waiting(memory)? {
                 self.call_helper();
             }
             inner.under_way += 1;
             drop(inner);
             let begun = Instant::now();
-            let served = serve(n, &chain, device, memory);
+            let (from, to) = request.open(memory);
+            let served = device.serve(n, from, to);
             self.slow.store(begun.elapsed() > SLOW, Ordering::Relaxed);
             let mut inner = lock(&self.inner);
             inner.under_way -= 1;
             self.served.notify_all();
-            inner.queue.add_used(guest, chain.head_index(), served? as u32).map_err(|_| Broken)?;
+            // It is there: whoever disables a queue waits for its requests.
+            let ring = inner.queue.ring().ok_or(Broken)?;
+            ring.give(memory, &request, served? as u32)?;
             memory::order_threads();
-            let tell = inner.queue.needs_notification(guest).map_err(|_| Broken)?;
+            let tell = ring.is_awaited(memory)?;
             drop(inner);
             if tell {
                 owner.served(n);
             }
         }
     }
-}
-
-/// Requests that wait.
-fn available(queue: &Queue, memory: &Memory) -> Result<u16, Broken> {
-    let index = queue.avail_idx(memory.guest(), Ordering::Acquire).map_err(|_| Broken)?;
-    Ok(index.0.wrapping_sub(queue.next_avail()))
-}
-
-fn serve(
-    n: usize,
-    chain: &DescriptorChain<&Guest>,
-    device: &dyn Device,
-    memory: &Memory,
-) -> Result<usize, Broken> {
-    let request = chain.clone().reader(memory.guest()).map_err(|_| Broken)?;
-    let answer = chain.clone().writer(memory.guest()).map_err(|_| Broken)?;
-    device.serve(n, request, answer)
 }

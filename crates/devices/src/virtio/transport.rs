@@ -7,12 +7,12 @@ use std::thread::JoinHandle;
 
 use memory::Memory;
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::QueueT;
 
 use super::Device;
-use super::queue::{Owner, QueueState, Vring};
+use super::queue::{Owner, Vring};
+use super::ring::{Queue, QueueState};
 use crate::pci::{Bar, Config, Function, Id};
 use crate::{Saved, join, lock};
 
@@ -176,7 +176,7 @@ impl Pci {
     pub fn state(&self) -> Saved<PciState> {
         let registers = lock(&self.inner.registers).clone();
         let queues = self.inner.queues.iter().zip(&registers.vectors);
-        let queues = queues.map(|(q, &vector)| q.quiet(|q| queue_state(q, vector))).collect();
+        let queues = queues.map(|(q, &vector)| q.quiet(|q| q.state(vector))).collect();
         Saved::V1(PciState {
             registers,
             isr: self.inner.isr.load(Ordering::SeqCst),
@@ -197,7 +197,7 @@ impl Pci {
         registers.features &= offered;
         for (n, (queue, from)) in inner.queues.iter().zip(&state.queues).enumerate() {
             registers.vectors[n] = from.vector;
-            queue.quiet(|q| set_queue_state(q, from, registers.features));
+            queue.quiet(|q| q.set_state(from, &inner.memory, registers.features));
         }
         inner.isr.store(state.isr, Ordering::SeqCst);
         inner.config_vector.store(state.config_vector, Ordering::SeqCst);
@@ -214,35 +214,6 @@ impl Drop for Pci {
         self.inner.queues.iter().for_each(|q| q.stop());
         join(&self.threads);
     }
-}
-
-/// The addresses of a queue's rings.
-fn rings(q: &virtio_queue::Queue) -> [u64; 3] {
-    [q.desc_table(), q.avail_ring(), q.used_ring()]
-}
-
-fn queue_state(q: &virtio_queue::Queue, vector: u16) -> QueueState {
-    QueueState {
-        size: q.size(),
-        ready: q.ready(),
-        rings: rings(q),
-        next: [q.next_avail(), q.next_used()],
-        vector,
-    }
-}
-
-fn set_queue_state(q: &mut virtio_queue::Queue, from: &QueueState, features: u64) {
-    q.reset();
-    q.set_size(from.size);
-    let half = |a: u64| (Some(a as u32), Some((a >> 32) as u32));
-    let [desc, avail, used] = from.rings.map(half);
-    q.set_desc_table_address(desc.0, desc.1);
-    q.set_avail_ring_address(avail.0, avail.1);
-    q.set_used_ring_address(used.0, used.1);
-    q.set_next_avail(from.next[0]);
-    q.set_next_used(from.next[1]);
-    q.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
-    q.set_ready(from.ready);
 }
 
 /// The configuration space, and where the capability for access through it is.
@@ -313,7 +284,8 @@ impl Inner {
     fn offered(&self) -> u64 {
         let transport =
             [VIRTIO_F_VERSION_1, VIRTIO_F_ANY_LAYOUT, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC];
-        transport.iter().fold(self.device.features(), |all, bit| all | 1 << bit)
+        let packed = self.device.packed_rings().then_some(VIRTIO_F_RING_PACKED);
+        transport.into_iter().chain(packed).fold(self.device.features(), |all, bit| all | 1 << bit)
     }
 
     /// Where in the BAR an access to the window at `offset` of configuration space goes, and its size.
@@ -377,10 +349,10 @@ impl Inner {
             common::QUEUE_SELECT => r.queue_select.into(),
             common::QUEUE_SIZE => queue.map_or(0, |q| q.with(|q| q.size()).into()),
             common::QUEUE_VECTOR => r.vectors.get(n).copied().unwrap_or(NO_VECTOR).into(),
-            common::QUEUE_ENABLE => queue.map_or(0, |q| q.with(|q| q.ready()).into()),
+            common::QUEUE_ENABLE => queue.map_or(0, |q| q.with(|q| q.is_enabled()).into()),
             common::QUEUE_NOTIFY => n as u64,
             common::QUEUE_RINGS..common::QUEUE_RINGS_END => {
-                let rings = queue.map_or([0; 3], |q| q.with(|q| rings(q)));
+                let rings = queue.map_or([0; 3], |q| q.with(|q| *q.rings()));
                 let at = offset - common::QUEUE_RINGS;
                 let ring = rings[(at / 8) as usize] >> (8 * (at % 8));
                 if size >= 8 { ring } else { ring & ((1 << (8 * size)) - 1) }
@@ -412,33 +384,22 @@ impl Inner {
         }
     }
 
-    fn write_queue(&self, q: &mut virtio_queue::Queue, offset: u64, size: u8, value: u64, features: u64) {
+    fn write_queue(&self, q: &mut Queue, offset: u64, size: u8, value: u64, features: u64) {
         // A queue that is enabled keeps its place.
-        if q.ready() {
+        if q.is_enabled() {
             return;
         }
         match offset {
             common::QUEUE_SIZE => q.set_size(value as u16),
-            common::QUEUE_ENABLE if value == 1 => {
-                q.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
-                q.set_ready(true);
-                if !q.is_valid(self.memory.guest()) {
-                    q.set_ready(false);
-                }
-            }
-            common::QUEUE_RINGS..common::QUEUE_RINGS_END if size >= 4 => {
+            common::QUEUE_ENABLE if value == 1 => q.enable(&self.memory, features),
+            common::QUEUE_RINGS..common::QUEUE_RINGS_END if size >= 4 && offset.is_multiple_of(4) => {
                 let at = offset - common::QUEUE_RINGS;
-                let (low, high) = match (at % 8, size) {
-                    (0, 8) => (Some(value as u32), Some((value >> 32) as u32)),
-                    (0, _) => (Some(value as u32), None),
-                    (4, _) => (None, Some(value as u32)),
-                    _ => return,
+                let ring = &mut q.rings()[(at / 8) as usize];
+                *ring = match (at % 8, size) {
+                    (0, 8) => value,
+                    (0, _) => *ring & !0xffff_ffff | value & 0xffff_ffff,
+                    _ => *ring & 0xffff_ffff | value << 32,
                 };
-                match at / 8 {
-                    0 => q.set_desc_table_address(low, high),
-                    1 => q.set_avail_ring_address(low, high),
-                    _ => q.set_used_ring_address(low, high),
-                }
             }
             _ => {}
         }

@@ -33,6 +33,7 @@ pub struct Blk {
     name: [u8; NAME],
     /// The sizes of its queues.
     queues: Vec<u16>,
+    packed: bool,
 }
 
 /// What a request came to.
@@ -48,7 +49,12 @@ impl Blk {
     pub fn new(disk: Arc<Disk>, name: &str, queues: u32) -> Self {
         let mut bytes = [0; NAME];
         bytes.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
-        Self { disk, name: bytes, queues: vec![QUEUE; queues.clamp(1, MOST_QUEUES) as usize] }
+        Self { disk, name: bytes, queues: vec![QUEUE; queues.clamp(1, MOST_QUEUES) as usize], packed: false }
+    }
+
+    /// Offers the driver packed rings.
+    pub fn packed(self) -> Self {
+        Self { packed: true, ..self }
     }
 
     /// Where `bytes` from `sector` on lie, if they do.
@@ -141,6 +147,10 @@ impl Device for Blk {
 
     fn queues(&self) -> &[u16] {
         &self.queues
+    }
+
+    fn packed_rings(&self) -> bool {
+        self.packed
     }
 
     fn threads(&self) -> usize {
