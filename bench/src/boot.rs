@@ -44,7 +44,7 @@ struct Start {
 /// A guest does not start.
 pub fn run(args: &Args) -> Result<()> {
     let (setup, description) = setup(args)?;
-    setup.introduce(&description);
+    setup.programs.introduce(&description, 512);
     println!("medians of {}", args.rounds);
     let mut rows: Vec<(&str, Vec<Start>)> = args.engine.iter().map(|e| (e.as_str(), Vec::new())).collect();
     for _ in 0..args.rounds {

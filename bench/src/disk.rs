@@ -105,7 +105,7 @@ pub fn run(args: &Args) -> Result<()> {
         initrd: initrd.path().to_owned(),
         cmdline: format!("{} lodge.exec=\"work --disk {device}\"", guest.cmdline),
     };
-    setup.introduce(&guest.description);
+    setup.programs.introduce(&guest.description, 512);
     println!("{:?}, {} MiB raw, {} ms each, medians of {}", args.bus, args.size, args.millis, args.rounds);
     let scratch = tempfile::tempdir()?;
     let mut places = Vec::new();

@@ -7,3 +7,4 @@ pub mod disk;
 pub mod fuzz;
 pub mod monitor;
 pub mod sequences;
+pub mod start;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use lodge_bench::{boot, cpu, disk, fuzz, sequences};
+use lodge_bench::{boot, cpu, disk, fuzz, sequences, start};
 
 #[derive(Parser)]
 #[command(about = "Every published figure comes from here")]
@@ -50,6 +50,8 @@ enum Command {
     Boot(boot::Args),
     /// Workloads on the host, in QEMU and in Lodge: processor time and checksums
     Cpu(cpu::Args),
+    /// Time from `lodge run debian` to its log-in prompt, beside QEMU's translator
+    Start(start::Args),
     /// Reads and writes of a virtual disk, beside QEMU's translator
     Disk(disk::Args),
 }
@@ -61,6 +63,7 @@ fn main() -> Result<()> {
         Command::Sequences { cases, seed, save, .. } => run_sequences(cases, seed, save),
         Command::Boot(args) => boot::run(&args),
         Command::Cpu(args) => cpu::run(&args),
+        Command::Start(args) => start::run(&args),
         Command::Disk(args) => disk::run(&args),
     }
 }

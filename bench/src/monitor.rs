@@ -30,7 +30,7 @@ pub struct Programs {
     lodge: Option<PathBuf>,
     /// The QEMU to compare with
     #[arg(long, default_value = "qemu-system-x86_64")]
-    qemu: PathBuf,
+    pub qemu: PathBuf,
     /// Virtual processors
     #[arg(long, default_value_t = 1)]
     pub cpus: u32,
@@ -40,6 +40,28 @@ pub struct Programs {
 }
 
 impl Programs {
+    /// The `lodge` to measure.
+    ///
+    /// # Errors
+    /// This program does not know where it is.
+    pub fn lodge(&self) -> Result<PathBuf> {
+        match &self.lodge {
+            Some(path) => Ok(path.clone()),
+            None => sibling("lodge"),
+        }
+    }
+
+    /// Prints what is compared, and how busy the host is with other things, which figures suffer from.
+    pub fn introduce(&self, guest: &str, mib: u32) {
+        let output = Command::new(&self.qemu).arg("--version").output();
+        let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+        println!("guest: {guest}; {} CPUs, {mib} MiB", self.cpus);
+        println!("against: {}", text.lines().next().unwrap_or("no QEMU"));
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        println!("host: {cores} CPUs, load before {}", load.split(' ').next().unwrap_or("unknown"));
+    }
+
     /// The guest: the one that `lodge run` starts, of an architecture by Debian's name.
     ///
     /// # Errors
@@ -82,10 +104,7 @@ impl Setup {
             command.args("-display none -monitor none -serial stdio -smp".split(' ')).arg(cpus);
             command.arg("-append");
         } else {
-            command = Command::new(match &self.programs.lodge {
-                Some(path) => path.clone(),
-                None => sibling("lodge")?,
-            });
+            command = Command::new(self.programs.lodge()?);
             command.args(["run", "--engine", engine, "--memory", "512M", "--no-reboot", "--cpus"]).arg(cpus);
             command.arg("--cmdline");
         }
@@ -95,17 +114,6 @@ impl Setup {
             command.arg(format!("{dashes}{option}")).arg(file);
         }
         Ok(command)
-    }
-
-    /// Prints what is compared, and how busy the host is with other things, which figures suffer from.
-    pub fn introduce(&self, guest: &str) {
-        let output = Command::new(&self.programs.qemu).arg("--version").output();
-        let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
-        println!("guest: {guest}; {} CPUs, 512 MiB", self.programs.cpus);
-        println!("against: {}", text.lines().next().unwrap_or("no QEMU"));
-        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        println!("host: {cores} CPUs, load before {}", load.split(' ').next().unwrap_or("unknown"));
     }
 }
 

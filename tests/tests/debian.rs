@@ -68,6 +68,23 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
     assert_eq!((value(&again, "file"), value(&again, "once")), ("kept", "yes"));
     assert_eq!(value(&again, "journal"), "0", "the file system was shut down cleanly");
 
+    // By its own boot loader it is the same machine.
+    for firmware in ["bios", "uefi"] {
+        let by_grub = session(
+            &data,
+            &["--name", "web", "--firmware", firmware],
+            STARTING,
+            "echo id=$(cat /etc/machine-id)\necho file=$(cat /root/file)\necho loader=$(grep -c BOOT_IMAGE /proc/cmdline)\n\
+             echo efi=$(ls -d /sys/firmware/efi 2>/dev/null) $(ls /boot/efi/EFI)\necho failed=$(systemctl --failed --no-legend)",
+        );
+        assert!(by_grub.out.contains("Booting `Debian"), "{}", by_grub.out);
+        assert_eq!(value(&by_grub, "id"), value(&first, "id"), "{firmware}");
+        assert_eq!((value(&by_grub, "file"), value(&by_grub, "loader")), ("kept", "1"), "{firmware}");
+        let efi = if firmware == "uefi" { "/sys/firmware/efi BOOT" } else { "BOOT" };
+        assert_eq!(value(&by_grub, "efi").trim(), efi);
+        assert_eq!(value(&by_grub, "failed"), "", "{}", by_grub.out);
+    }
+
     // Another machine, thrown away, is another; it finds nothing wrong with the first one's disk.
     let disk = data.path().join("vms/web/disk.qcow2").display().to_string();
     let other = session(

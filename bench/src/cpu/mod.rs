@@ -99,7 +99,7 @@ pub fn run(args: &Args) -> Result<()> {
         initrd: initrd.path().to_owned(),
         cmdline: format!("{} lodge.exec=\"work --serve\"", guest.cmdline),
     };
-    setup.introduce(&guest.description);
+    setup.programs.introduce(&guest.description, 512);
     println!("size {} %, medians of {}", args.size, args.rounds);
     let mut places: Vec<Place> = Vec::new();
     for engine in &args.engine {

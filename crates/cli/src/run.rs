@@ -206,13 +206,13 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         (None, None) if system.is_some() => 1 << 30,
         (None, None) => 512 << 20,
     };
-    let disk = boot_disk(args)?;
+    let disk = boot_disk(args, system.is_some())?;
     let (boot, mut disks) = match (system, &args.firmware, &disk) {
-        (Some(system), ..) => (system.boot, system.disks),
+        (Some(system), None, _) => (system.boot, system.disks),
         (None, None, None) => (kernel(args, file.mirror.as_deref())?, Vec::new()),
-        (None, ..) => {
+        (system, ..) => {
             let firmware = crate::firmware::open(args, args.mirror.clone().or(file.mirror))?;
-            (Boot::Firmware(firmware), Vec::new())
+            (Boot::Firmware(firmware), system.map_or_else(Vec::new, |system| system.disks))
         }
     };
     disks.extend(crate::disk::open(disk.iter().chain(&args.disk))?);
@@ -243,15 +243,16 @@ fn name_of(boot: &Boot) -> String {
     path.file_name().map_or_else(|| "guest".into(), |n| n.to_string_lossy().into_owned())
 }
 
-/// The guest, if it is a disk to boot from.
-fn boot_disk(args: &Run) -> anyhow::Result<Option<Disk>> {
+/// The guest, if it is a disk to boot from; none where it is a whole system.
+fn boot_disk(args: &Run, is_system: bool) -> anyhow::Result<Option<Disk>> {
     let path = args.image.as_deref().map(Path::new).filter(|path| path.exists() && !path.is_dir());
     let disk = match path {
         Some(path) if vm::is_disk(path)? => Some(Disk::at(path.into())),
         _ => None,
     };
-    if disk.is_none() && args.firmware.is_some() && args.image.is_some() {
-        let image = args.image.as_deref().unwrap_or_default();
+    if let (None, Some(_), Some(image)) = (&disk, &args.firmware, &args.image)
+        && !is_system
+    {
         return Err(anyhow::Error::new(Usage(format!("--firmware starts disks, and {image} is none")))
             .context(Help("leave --firmware away, or name a disk image".into())));
     }

@@ -1,10 +1,11 @@
 //! The VMs that run: their names, and what can be asked of them.
 
 use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use comfy_table::Table;
@@ -124,22 +125,41 @@ fn statuses() -> anyhow::Result<Vec<Status>> {
     Ok(sockets.filter_map(|path| Client::connect(&path).ok()?.status().ok()).collect())
 }
 
+/// How long a system that is starting may take no notice of its power button.
+const PRESS_AGAIN: Duration = Duration::from_secs(10);
+
 /// `lodge stop`.
 pub fn stop(args: &Stop) -> anyhow::Result<ExitCode> {
     // Before it is told, or it might be gone already.
     let (mut end, handle) = connect(&args.name)?.stream(&Request::Wait)?;
     let request = if args.force { Request::Stop } else { Request::PowerButton };
-    connect(&args.name)?.tell(&request)?;
-    handle.set_read_timeout(args.timeout).context("cannot wait for the end")?;
-    match end.read(&mut [0]) {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            let seconds = args.timeout.unwrap_or_default().as_secs_f64();
-            Err(anyhow::Error::new(Usage(format!("{} still runs after {seconds} s", args.name)))
-                .context(Help("wait longer with --timeout, or end it at once with --force".into())))
+    let deadline = args.timeout.map(|timeout| Instant::now() + timeout);
+    loop {
+        match connect(&args.name).and_then(|client| Ok(client.tell(&request)?)) {
+            // It ends at this moment.
+            Err(_) if has_ended(&mut end, &handle, PRESS_AGAIN)? => return Ok(ExitCode::SUCCESS),
+            told => told?,
         }
-        // However the connection ends: its process is at the other end.
-        _ => Ok(ExitCode::SUCCESS),
+        let left =
+            deadline.map_or(PRESS_AGAIN, |deadline| deadline.saturating_duration_since(Instant::now()));
+        if has_ended(&mut end, &handle, left.min(PRESS_AGAIN))? {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            let seconds = args.timeout.unwrap_or_default().as_secs_f64();
+            return Err(anyhow::Error::new(Usage(format!("{} still runs after {seconds} s", args.name)))
+                .context(Help("wait longer with --timeout, or end it at once with --force".into())));
+        }
     }
+}
+
+/// Whether the VM at the other end is gone, after a while at most.
+fn has_ended(end: &mut impl Read, handle: &UnixStream, patience: Duration) -> anyhow::Result<bool> {
+    // No time at all is no timeout.
+    let patience = patience.max(Duration::from_millis(1));
+    handle.set_read_timeout(Some(patience)).context("cannot wait for the end")?;
+    // However the connection ends: its process is at the other end.
+    Ok(!matches!(end.read(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock))
 }
 
 /// `lodge console`.

@@ -12,7 +12,7 @@ use crate::report::{Help, Usage};
 
 /// The whole system that is asked for, if it is one: made if need be, ready to start.
 pub fn instance(args: &Run, mirror: Option<&str>, engine: vm::Choice) -> anyhow::Result<Option<Instance>> {
-    if args.kernel.is_some() || args.firmware.is_some() {
+    if args.kernel.is_some() {
         return Ok(None);
     }
     let release = match args.image.as_deref().map(|image| image.split_once(':').unwrap_or((image, ""))) {

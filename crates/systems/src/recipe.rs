@@ -13,6 +13,10 @@ pub(crate) const PACKAGES: &[&str] = &[
     "dbus",
     "debian-archive-keyring",
     "e2fsprogs",
+    // Not the packages that install themselves: of those there can be only one, for BIOS or for UEFI.
+    "grub-efi-amd64-bin",
+    "grub-pc-bin",
+    "grub2-common",
     "initramfs-tools",
     "iproute2",
     "iputils-ping",
@@ -41,13 +45,19 @@ pub(crate) const PACKAGES: &[&str] = &[
 pub const BUSYBOX: &str = "busybox-static";
 
 /// Files of ours, with their modes.
-const FILES: [(&str, u32, &str); 10] = [
+const FILES: [(&str, u32, &str); 11] = [
     ("usr/lib/lodge/configure", 0o755, include_str!("guest/configure.sh")),
     ("usr/lib/lodge/seed", 0o755, include_str!("guest/seed.sh")),
     ("usr/lib/systemd/system/lodge-seed.service", 0o644, include_str!("guest/seed.service")),
     ("etc/systemd/system/serial-getty@ttyS0.service.d/lodge.conf", 0o644, include_str!("guest/getty.conf")),
     ("etc/systemd/network/80-dhcp.network", 0o644, include_str!("guest/network.conf")),
-    ("etc/fstab", 0o644, "LABEL=lodge-root / ext4 defaults,errors=remount-ro 0 1\n"),
+    (
+        "etc/fstab",
+        0o644,
+        "LABEL=lodge-root / ext4 defaults,errors=remount-ro 0 1\n\
+         LABEL=EFI /boot/efi vfat umask=0077,noauto,x-systemd.automount,x-systemd.idle-timeout=60 0 0\n",
+    ),
+    ("etc/default/grub", 0o644, include_str!("guest/grub.conf")),
     ("etc/hostname", 0o644, "debian\n"),
     (
         "etc/hosts",

@@ -29,7 +29,7 @@ build() {
     mount -t tmpfs run /target/run
     mount -t tmpfs tmp /target/tmp
     chmod 1777 /target/tmp
-    chroot /target /usr/lib/lodge/configure </dev/null
+    chroot /target /usr/lib/lodge/configure "$root" </dev/null
     umount /target/run /target/tmp
     for tree in dev/shm dev/pts dev sys proc; do
         umount /target/$tree

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Configures the packages of a new system, in which it runs. All of them are unpacked.
+# Configures the packages of a new system, in which it runs. All of them are unpacked. The argument is the root file system's device.
 set -e
+root=$1
 export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true DEBCONF_NOWARNINGS=yes
 export HOME=/root LC_ALL=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 # The initial RAM disk is made once, at the end.
@@ -31,6 +32,18 @@ dpkg --force-unsafe-io --status-fd 3 --configure --pending
 
 echo "@lodge step making its initial RAM disk"
 COMPRESSLEVEL=1 update-initramfs -c -k all
+
+echo "@lodge step installing GRUB"
+# Loaded here, for the kernel would look for them outside.
+modprobe -a vfat nls_cp437 nls_ascii
+mkdir -p /boot/efi /dev/disk/by-uuid
+mount -t vfat "${root%[0-9]}2" /boot/efi
+# What udev would have made: by it the configuration names the root file system.
+ln -s "$root" "/dev/disk/by-uuid/$(blkid -s UUID -o value "$root")"
+grub-install --target=i386-pc "${root%[0-9]}"
+grub-install --target=x86_64-efi --removable --no-nvram
+update-grub
+umount /boot/efi
 
 echo "@lodge step cleaning up"
 systemctl enable --quiet systemd-networkd.service lodge-seed.service

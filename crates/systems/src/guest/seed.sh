@@ -36,6 +36,11 @@ if [ -n "$name" ]; then
     hostname "$name"
     sed -i "s/^127\.0\.1\.1.*/127.0.1.1 $name/" /etc/hosts
 fi
+# Where Lodge starts the kernel it tells systemd the ID; where GRUB does, systemd has made one up, good until now.
+case $id in
+*[!0-9a-f]*) ;;
+????????????????????????????????) [ "$id" = "$(cat /etc/machine-id)" ] || echo "$id" >/etc/machine-id ;;
+esac
 status=0
 case $(head -c 2 $state/user-data 2>/dev/null) in
 '#!') $state/user-data || { status=$?; echo "lodge: the seed's script ended with status $status" >&2; } ;;
