@@ -175,6 +175,11 @@ pub struct Run {
     #[arg(long, value_name = "FILE.iso", help_heading = "Disks")]
     pub cdrom: Vec<PathBuf>,
 
+    /// A directory of this host that the guest may use; it mounts TAG with `mount -t virtiofs TAG DIR`, and guests of Lodge's own have
+    /// it at /mnt/TAG by themselves. `readonly` may follow. May be given several times [default tag: the directory's name]
+    #[arg(long, value_name = "DIR[:TAG][,readonly]", help_heading = "Disks", value_parser = crate::share::parse)]
+    pub share: Vec<crate::share::Share>,
+
     /// The machine's name in the network [default: that of the virtual machine, or `debian`]
     #[arg(long, value_name = "NAME", help_heading = "A whole system's first start")]
     pub hostname: Option<String>,

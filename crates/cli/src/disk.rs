@@ -55,7 +55,7 @@ pub fn parse(text: &str) -> Result<Disk, String> {
 }
 
 /// The parts between single commas.
-fn split(text: &str) -> Vec<String> {
+pub fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut letters = text.chars().peekable();
     while let Some(letter) = letters.next() {

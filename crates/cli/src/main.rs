@@ -12,6 +12,7 @@ mod progress;
 mod report;
 mod run;
 mod running;
+mod share;
 mod system;
 
 use std::process::ExitCode;

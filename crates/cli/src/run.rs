@@ -230,6 +230,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         boot,
         disks,
         cdroms: crate::disk::open_cds(&args.cdrom)?,
+        shares: crate::share::open(&args.share)?,
         debug_exit: args.debug_exit,
         trace: args.trace.clone(),
     })
@@ -301,6 +302,10 @@ fn kernel(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
         eprintln!("{}", guest.description);
     }
     let mut cmdline = format!("{} panic=-1", guest.cmdline);
+    if !args.share.is_empty() {
+        let tags: Vec<&str> = args.share.iter().map(|share| share.tag.as_str()).collect();
+        cmdline = format!("{cmdline} lodge.shares={}", tags.join(","));
+    }
     if let Some(more) = &args.cmdline {
         cmdline = format!("{cmdline} {more}");
     }

@@ -20,10 +20,16 @@ const CMDLINE: &str = "console=ttyS0 quiet cryptomgr.notests";
 /// Drivers of virtio disks, in the order in which they are loaded. Kernels may have them built in.
 pub const VIRTIO_MODULES: [&str; 6] =
     ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
-/// Drivers of disks: what their folder is called, the module without which the others are of no use, and the modules in the
+/// Drivers: what their folder is called, the module without which the others are of no use, and the modules in the
 /// order in which they are loaded. Kernels may have them built in.
-const DRIVERS: [(&str, &str, &[&str]); 3] = [
-    ("virtio", "virtio_blk", &VIRTIO_MODULES),
+const DRIVERS: [(&str, &str, &[&str]); 5] = [
+    (
+        "virtio",
+        "virtio_pci",
+        &["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"],
+    ),
+    ("blk", "virtio_blk", &["virtio_blk"]),
+    ("fs", "virtiofs", &["fuse", "virtiofs"]),
     (
         "sata",
         "ahci",
@@ -165,7 +171,7 @@ fn modules() -> impl Iterator<Item = &'static str> {
     all.into_iter()
 }
 
-/// The modules of each kind of disk.
+/// The modules of each folder.
 fn drivers(modules: &[PackageFile]) -> impl Iterator<Item = (&'static str, Vec<&PackageFile>)> {
     let find = |name: &&str| modules.iter().find(|m| m.path.contains(&format!("/{name}.ko")));
     DRIVERS.iter().filter_map(move |(kind, driver, names)| {

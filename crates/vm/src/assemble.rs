@@ -218,6 +218,10 @@ fn plug(
     let bootable = plug_disks(config, &host, machine)?;
     let entropy = virtio::rng::Rng::new().map_err(|source| Error::Host { what: "random bytes", source })?;
     virtio_function(&host, machine, Arc::new(entropy))?;
+    for share in &config.shares {
+        let session = shares::Session::new(share.directory.clone())?;
+        virtio_function(&host, machine, Arc::new(virtio::fs::Fs::new(session, &share.tag)))?;
+    }
     match &config.boot {
         // Without firmware nobody else gives devices their addresses.
         Boot::Kernel { .. } => host.assign()?,

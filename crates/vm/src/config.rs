@@ -73,6 +73,15 @@ pub struct Disk {
     pub bus: DiskBus,
 }
 
+/// A directory of the host that the guest may use, by virtio-fs. It stays open through resets.
+#[derive(Clone, Debug)]
+pub struct Share {
+    /// The directory.
+    pub directory: Arc<shares::Share>,
+    /// What the guest mounts: 1 to 36 bytes.
+    pub tag: String,
+}
+
 /// A VM's configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -94,6 +103,8 @@ pub struct Config {
     pub disks: Vec<Disk>,
     /// What is in its CD-ROM drives, which are SATA's.
     pub cdroms: Vec<Arc<disks::Disk>>,
+    /// Directories of the host.
+    pub shares: Vec<Share>,
     /// Whether the guest has the debug-exit port 0xf4.
     pub debug_exit: bool,
     /// Where the translate engine writes down what it makes of guest code.

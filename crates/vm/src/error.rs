@@ -35,6 +35,8 @@ pub enum Error {
     #[error("firmware cannot be told of the machine: {0}; this is a bug of Lodge, please report it")]
     FwCfg(#[from] devices::fw_cfg::Error),
     #[error(transparent)]
+    Share(#[from] shares::Error),
+    #[error(transparent)]
     Pci(#[from] devices::pci::Full),
     #[error("the host refused {what}: {source}; it may be short of threads or memory")]
     Host { what: &'static str, source: std::io::Error },

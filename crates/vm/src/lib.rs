@@ -20,11 +20,13 @@ use std::time::{Duration, Instant};
 use machine::cpu::Stats;
 
 pub use boot::is_disk;
-pub use config::{Boot, Choice, Config, Disk, DiskBus, Firmware, Variables};
+pub use config::{Boot, Choice, Config, Disk, DiskBus, Firmware, Share, Variables};
 pub use console::Console;
+pub use devices::virtio::fs::LONGEST_TAG;
 pub use error::Error;
 pub use machine::Power;
 pub use machine::power::End;
+pub use shares::Share as ShareDirectory;
 pub use x86::cpuid::Model;
 
 use assemble::Assembly;

@@ -6,6 +6,7 @@
 
 pub mod blk;
 mod packed;
+pub mod fs;
 mod queue;
 mod request;
 mod ring;

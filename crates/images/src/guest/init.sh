@@ -8,14 +8,31 @@ busybox mount -t devpts pts /dev/pts
 busybox mount -t tmpfs tmp /tmp
 busybox --install -s
 busybox hostname lodge
-# Drivers of the disks that there are, by their controllers' device or class.
+# Drivers of what there is, by PCI device or class.
 load() {
     busybox grep -q "$1" /sys/bus/pci/devices/*/"$2" 2>/dev/null || return 0
-    for module in "/lib/modules/$3"/*.ko; do
-        [ -f "$module" ] && busybox insmod "$module" 2>/dev/null
+    shift 2
+    for kind; do
+        for module in "/lib/modules/$kind"/*.ko; do
+            [ -f "$module" ] && busybox insmod "$module" 2>/dev/null
+        done
     done
 }
-load 0x1042 device virtio
+load 0x1042 device virtio blk
+load 0x105a device virtio fs
 load 0x0106 class sata
 load 0x010802 class nvme
+# Directories of the host: lodge.shares=TAG,TAG on the kernel's command line.
+read -r cmdline </proc/cmdline
+case " $cmdline" in
+*' lodge.shares='*)
+    tags=${cmdline#*lodge.shares=}
+    IFS=,
+    for tag in ${tags%% *}; do
+        busybox mkdir -p "/mnt/$tag"
+        busybox mount -t virtiofs "$tag" "/mnt/$tag"
+    done
+    unset IFS
+    ;;
+esac
 exec busybox init
