@@ -64,7 +64,9 @@ fn what_cannot_be_shared_is_refused_before_the_guest_starts() {
     ] {
         let mut command = Command::new(lodge());
         command.args(["run", "--kernel", "/dev/null"]);
-        args.iter().for_each(|share| drop(command.args(["--share", share])));
+        for share in &args {
+            command.args(["--share", share]);
+        }
         let done = start_with(&mut command, "").wait(PATIENCE);
         assert!(done.code() != 0 && done.err.contains(part), "{args:?}: {}", done.err);
     }

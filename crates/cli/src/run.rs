@@ -53,7 +53,9 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let power = vm.power().clone();
     watch_signals(&power)?;
     if let Some(control) = &control {
-        control.serve(status(&config, &vm), &console, &power).context("the host gives no thread")?;
+        control
+            .serve(status(&config, &vm), &console, &config.sockets, &power)
+            .context("the host gives no thread")?;
     }
     // Boot menus take any key as a wish to choose, the end of input included.
     let tell_end = matches!(config.boot, Boot::Kernel { .. });
@@ -231,6 +233,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         disks,
         cdroms: crate::disk::open_cds(&args.cdrom)?,
         shares: crate::share::open(&args.share)?,
+        sockets: Arc::default(),
         debug_exit: args.debug_exit,
         trace: args.trace.clone(),
     })

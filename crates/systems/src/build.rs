@@ -93,6 +93,7 @@ pub fn build(
         disks: vec![disk_of(&target, "target"), disk_of(&Arc::new(source), "tree")],
         cdroms: Vec::new(),
         shares: Vec::new(),
+        sockets: Arc::default(),
         debug_exit: false,
         trace: None,
     };

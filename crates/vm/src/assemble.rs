@@ -218,6 +218,7 @@ fn plug(
     let bootable = plug_disks(config, &host, machine)?;
     let entropy = virtio::rng::Rng::new().map_err(|source| Error::Host { what: "random bytes", source })?;
     virtio_function(&host, machine, Arc::new(entropy))?;
+    virtio_function(&host, machine, Arc::new(virtio::vsock::Vsock::new(config.sockets.clone())))?;
     for share in &config.shares {
         let session = shares::Session::new(share.directory.clone())?;
         virtio_function(&host, machine, Arc::new(virtio::fs::Fs::new(session, &share.tag)))?;

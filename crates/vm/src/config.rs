@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use devices::flash::Contents as Variables;
+pub use devices::virtio::vsock::Hub as Sockets;
 use x86::cpuid::Model;
 
 /// Which technique runs the guest.
@@ -105,6 +106,8 @@ pub struct Config {
     pub cdroms: Vec<Arc<disks::Disk>>,
     /// Directories of the host.
     pub shares: Vec<Share>,
+    /// Its sockets, by which the host's programs reach the guest's. They stay through resets; their streams end.
+    pub sockets: Arc<Sockets>,
     /// Whether the guest has the debug-exit port 0xf4.
     pub debug_exit: bool,
     /// Where the translate engine writes down what it makes of guest code.

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use machine::cpu::Stats;
 
 pub use boot::is_disk;
-pub use config::{Boot, Choice, Config, Disk, DiskBus, Firmware, Share, Variables};
+pub use config::{Boot, Choice, Config, Disk, DiskBus, Firmware, Share, Sockets, Variables};
 pub use console::Console;
 pub use devices::virtio::fs::LONGEST_TAG;
 pub use error::Error;

@@ -14,6 +14,7 @@ pub mod rng;
 #[cfg(test)]
 mod tests;
 mod transport;
+pub mod vsock;
 
 pub use request::{In, Out};
 pub use ring::QueueState;

@@ -20,6 +20,7 @@ load() {
 }
 load 0x1042 device virtio blk
 load 0x105a device virtio fs
+load 0x1053 device virtio vsock
 load 0x0106 class sata
 load 0x010802 class nvme
 # Directories of the host: lodge.shares=TAG,TAG on the kernel's command line.

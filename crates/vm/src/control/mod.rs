@@ -28,6 +28,11 @@ pub enum Request {
     Stop,
     /// The VM's end: [`Answer::Stream`], which ends then.
     Wait,
+    /// A stream to a port of the guest's virtio socket: [`Answer::Stream`].
+    Socket {
+        /// The port.
+        port: u32,
+    },
 }
 
 /// What it is told.

@@ -1,21 +1,24 @@
 //! The VM's side.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use machine::Power;
 use machine::power::End;
 
 use super::{Answer, LONGEST_LINE, PATIENCE, Request, Status};
+use crate::config::Sockets;
 use crate::console::{Console, View};
 
+/// How long a guest may take to answer: less than clients wait.
+const GUEST_PATIENCE: Duration = Duration::from_secs(5);
 /// Connections at a time.
 const MOST_CLIENTS: usize = 256;
 
@@ -44,6 +47,7 @@ struct Vm {
     status: Status,
     begun: Instant,
     console: Arc<Console>,
+    sockets: Arc<Sockets>,
     power: Power,
     clients: AtomicUsize,
 }
@@ -78,12 +82,19 @@ impl Server {
     ///
     /// # Errors
     /// The host gives no thread.
-    pub fn serve(&self, status: Status, console: &Arc<Console>, power: &Power) -> io::Result<()> {
+    pub fn serve(
+        &self,
+        status: Status,
+        console: &Arc<Console>,
+        sockets: &Arc<Sockets>,
+        power: &Power,
+    ) -> io::Result<()> {
         let listener = self.listener.try_clone()?;
         let vm = Arc::new(Vm {
             status,
             begun: Instant::now(),
             console: console.clone(),
+            sockets: sockets.clone(),
             power: power.clone(),
             clients: AtomicUsize::new(0),
         });
@@ -133,6 +144,7 @@ impl Vm {
                 self.power.request(End::Stopped("`lodge stop`"));
                 Answer::Done
             }
+            Ok(Request::Socket { port }) => return self.connect(from, port),
             Ok(Request::Console) => return self.show_console(from),
             Ok(Request::Wait) => {
                 say(&stream, &Answer::Stream)?;
@@ -146,6 +158,34 @@ impl Vm {
             ),
         };
         say(&stream, &answer)
+    }
+
+    /// Connects a client to a program of the guest's.
+    fn connect(&self, mut from: BufReader<&UnixStream>, port: u32) -> io::Result<()> {
+        let stream = *from.get_ref();
+        let opened = self.sockets.begin(port).and_then(|guest| guest.wait(GUEST_PATIENCE).map(|()| guest));
+        let guest = match opened {
+            Ok(guest) => guest,
+            Err(error) => return say(stream, &Answer::Refused(refusal(&error, port))),
+        };
+        say(stream, &Answer::Stream)?;
+        stream.set_read_timeout(None)?;
+        stream.set_write_timeout(None)?;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // A client that breaks off has ended as well.
+                let _ = io::copy(&mut from, &mut &guest);
+                guest.end_writing();
+            });
+            let copied = io::copy(&mut &guest, &mut { stream }).map(|_| ());
+            // The guest may still read.
+            let how = match &copied {
+                Ok(()) if !guest.is_over() => std::net::Shutdown::Write,
+                _ => std::net::Shutdown::Both,
+            };
+            let _ = stream.shutdown(how);
+            copied
+        })
     }
 
     fn show_console(&self, mut from: BufReader<&UnixStream>) -> io::Result<()> {
@@ -175,6 +215,16 @@ impl Vm {
             let _ = stream.shutdown(std::net::Shutdown::Both);
             typed
         })
+    }
+}
+
+fn refusal(error: &io::Error, port: u32) -> String {
+    match error.kind() {
+        ErrorKind::ConnectionRefused => format!("nobody listens at port {port} of the guest's virtio socket"),
+        ErrorKind::TimedOut => {
+            "the guest does not answer by its virtio socket; does its system have the driver?".into()
+        }
+        _ => format!("no stream to port {port} of the guest: {error}"),
     }
 }
 
