@@ -33,7 +33,7 @@ enum Command {
     },
     /// Boot stock kernels many times in a row
     Boots(boots::Args),
-    /// Fuzz devices, and what reads kernels, packages and the archive's answers, guided by coverage
+    /// Fuzz devices, shares, and what reads kernels, packages and the archive's answers, guided by coverage
     Fuzz(fuzz::Args),
     /// Boot the nested bed, where KVM works on every host, and run Lodge in it
     Nested(nested::Args),

@@ -54,6 +54,13 @@ pub enum Command {
     },
     /// Press the power button of one that runs, and wait for its end
     Stop(Stop),
+    /// Run a command in one that runs, without a network
+    #[command(after_help = EXEC_EXAMPLES)]
+    Exec(Exec),
+    /// Log in to one that runs by ssh, without a network
+    Ssh(Ssh),
+    /// Connect standard input and output to a TCP port of one that runs, without a network
+    Forward(Forward),
     /// List, describe and remove the whole systems that were made
     #[command(subcommand)]
     Image(Image),
@@ -95,6 +102,57 @@ pub struct Ls {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+const EXEC_EXAMPLES: &str = "\
+Examples:
+  lodge exec web                            root's shell, on this terminal
+  lodge exec web -- systemctl status ssh    a command; the exit status is its own
+  lodge exec web --user ada -- tar -C ~ -c . >ada.tar
+  lodge exec web -t -- top";
+
+/// `lodge exec`.
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// Its name, as `lodge ls` shows it
+    pub name: String,
+    /// Give the command a terminal
+    #[arg(long, short)]
+    pub terminal: bool,
+    /// Who runs it [default: root]
+    #[arg(long, short, value_name = "USER")]
+    pub user: Option<String>,
+    /// A variable of its environment. May be given several times
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    pub env: Vec<std::ffi::OsString>,
+    /// Where it runs [default: the user's home]
+    #[arg(long, short, value_name = "DIR")]
+    pub workdir: Option<std::ffi::OsString>,
+    /// The command and its arguments [default: the user's shell, with a terminal]
+    #[arg(last = true)]
+    pub command: Vec<std::ffi::OsString>,
+}
+
+/// `lodge ssh`.
+#[derive(Debug, Args)]
+pub struct Ssh {
+    /// Its name, as `lodge ls` shows it
+    pub name: String,
+    /// Who logs in
+    #[arg(long, short, value_name = "USER", default_value = "root")]
+    pub user: String,
+    /// More for ssh: options, and a command
+    #[arg(last = true)]
+    pub command: Vec<std::ffi::OsString>,
+}
+
+/// `lodge forward`.
+#[derive(Debug, Args)]
+pub struct Forward {
+    /// Its name, as `lodge ls` shows it
+    pub name: String,
+    /// The port, at which a program of the guest's listens on its loopback
+    pub port: u16,
 }
 
 /// `lodge stop`.

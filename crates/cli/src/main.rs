@@ -5,6 +5,7 @@ mod args;
 mod config;
 mod console;
 mod disk;
+mod exec;
 mod firmware;
 mod host;
 mod image;
@@ -28,6 +29,9 @@ fn main() -> ExitCode {
         args::Command::Ls(args) => running::ls(&args).map(|()| ExitCode::SUCCESS),
         args::Command::Console { name } => running::console(&name),
         args::Command::Stop(args) => running::stop(&args),
+        args::Command::Exec(args) => exec::exec(&args),
+        args::Command::Ssh(args) => exec::ssh(&args),
+        args::Command::Forward(args) => exec::forward(&args),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "lodge", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

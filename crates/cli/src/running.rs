@@ -19,7 +19,7 @@ use crate::host::print;
 use crate::report::{Help, Usage};
 
 /// Where the sockets of running VMs are.
-fn directory() -> anyhow::Result<PathBuf> {
+pub fn directory() -> anyhow::Result<PathBuf> {
     let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     match (variable("LODGE_RUNTIME_DIR"), variable("XDG_RUNTIME_DIR")) {
         (Some(dir), _) => Ok(dir),

@@ -23,9 +23,10 @@ pub fn instance(args: &Run, mirror: Option<&str>, engine: vm::Choice) -> anyhow:
         Some(_) => None,
         None => None,
     };
+    let shares: Vec<String> = args.share.iter().map(|share| share.tag.clone()).collect();
     // A VM that has a name needs nothing else to be started again.
     let known = match &args.name {
-        Some(name) if release.is_some() || args.image.is_none() => Instance::find(name)?,
+        Some(name) if release.is_some() || args.image.is_none() => Instance::find(name, &shares)?,
         _ => None,
     };
     if let Some(mut known) = known {
@@ -52,8 +53,8 @@ pub fn instance(args: &Run, mirror: Option<&str>, engine: vm::Choice) -> anyhow:
         eprintln!("{}", base.description);
     }
     let mut made = match &args.name {
-        Some(name) => Instance::create(name, &base, &settings)?,
-        None => Instance::throw_away(&base, &settings)?,
+        Some(name) => Instance::create(name, &base, &settings, &shares)?,
+        None => Instance::throw_away(&base, &settings, &shares)?,
     };
     add(&mut made, args);
     Ok(Some(made))

@@ -316,10 +316,12 @@ mod tests {
     #[test]
     fn nonsense_is_refused() {
         let long = [4, 0xff, 0xff, 0xff, 0x7f];
-        for bytes in [&[9, 0, 0, 0, 0][..], &long, &[2, 1, 0, 0, 0, 7], &[1, 0], &[1, 4, 0, 0, 0, 9, 9, 9, 9]] {
+        for bytes in [&[9, 0, 0, 0, 0][..], &long, &[2, 1, 0, 0, 0, 7], &[1, 0], &[1, 4, 0, 0, 0, 9, 9, 9, 9]]
+        {
             assert!(ToAgent::receive(&mut &bytes[..]).is_err(), "{bytes:?}");
         }
-        for bytes in [&[9, 0, 0, 0, 0][..], &long, &[3, 1, 0, 0, 0, 7], &[6, 1, 0, 0, 0, 7], &[2, 0, 0, 0, 0]] {
+        for bytes in [&[9, 0, 0, 0, 0][..], &long, &[3, 1, 0, 0, 0, 7], &[6, 1, 0, 0, 0, 7], &[2, 0, 0, 0, 0]]
+        {
             assert!(FromAgent::receive(&mut &bytes[..]).is_err(), "{bytes:?}");
         }
     }

@@ -121,7 +121,8 @@ pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<G
     let busybox = source.files(&["busybox-static"], &["*bin/busybox"], progress)?;
     let cached = kernel.cached && busybox.cached;
     let (image, program) = (first(&kernel)?, first(&busybox)?);
-    let initrd = stored_initramfs(&mut source, program, &kernel.files[1..], progress)?;
+    let agent = if options.arch == "amd64" { agent::PROGRAM } else { &[] };
+    let initrd = stored_initramfs(&mut source, program, &kernel.files[1..], agent, progress)?;
     let release = image.path.trim_start_matches("boot/vmlinuz-").to_owned();
     let description =
         format!("{}, Linux {release} ({}), busybox {}", kernel.archive, kernel.version, busybox.version);
@@ -195,9 +196,11 @@ fn stored_initramfs(
     source: &mut Source,
     busybox: &PackageFile,
     modules: &[PackageFile],
+    agent: &[u8],
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, Error> {
     let mut ours = sha256(&initramfs(&[]).finish());
+    ours += &sha256(agent);
     modules.iter().for_each(|module| ours += &module.sha256);
     let key = format!("initramfs-{}-{}", &busybox.sha256[..12], &sha256(ours.as_bytes())[..12]);
     if let Some(path) = source.stored(&key) {
@@ -205,6 +208,9 @@ fn stored_initramfs(
     }
     let program = std::fs::read(&busybox.stored).map_err(Error::cache(&busybox.stored))?;
     let mut image = initramfs(&program);
+    if !agent.is_empty() {
+        image.file("sbin/lodge-agent", 0o755, agent);
+    }
     for (kind, modules) in drivers(modules) {
         image.dir(&format!("lib/modules/{kind}"), 0o755);
         for (n, module) in modules.into_iter().enumerate() {

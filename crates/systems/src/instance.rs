@@ -5,12 +5,12 @@
 //! ```text
 //! vms/NAME/base.qcow2, vmlinuz, initrd.img   the base's, as further names of its files
 //! vms/NAME/disk.qcow2                        the overlay: all that the VM has written
-//! vms/NAME/seed.img                          name, user, keys
+//! vms/NAME/seed.img                          name, user, keys; made anew at every start, for shares and our agent
 //! vms/NAME/vm.json                           what else is to be known
 //! ```
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Cursor, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -59,8 +59,8 @@ pub fn data_dir() -> Result<PathBuf, Error> {
 }
 
 impl Instance {
-    /// A VM that is thrown away at its end: nothing of it has a name on the host, so nothing can stay behind.
-    pub fn throw_away(base: &Base, settings: &Settings) -> Result<Self, Error> {
+    /// A VM that is thrown away at its end: nothing of it has a name on the host, so nothing can stay behind. It mounts `shares`.
+    pub fn throw_away(base: &Base, settings: &Settings, shares: &[String]) -> Result<Self, Error> {
         settings.check()?;
         let vms = vms()?;
         let dir = tempfile::Builder::new().prefix(".new-").tempdir_in(&vms).map_err(Error::file(&vms))?;
@@ -68,7 +68,7 @@ impl Instance {
         disks::create(&overlay, Format::Qcow2, 0, Some(&base.disk))?;
         let about = About::new(settings, "debian", base)?;
         write_seed(dir.path(), settings, &about)?;
-        let disks = open(dir.path())?;
+        let disks = open(dir.path(), shares)?;
         let boot = boot(&base.kernel, &base.initrd, &about);
         // The disks are open; from here on they have no names.
         let path = dir.path().to_owned();
@@ -76,8 +76,8 @@ impl Instance {
         Ok(Self { boot, disks, hostname: about.hostname })
     }
 
-    /// The VM `name`, if it was made.
-    pub fn find(name: &str) -> Result<Option<Self>, Error> {
+    /// The VM `name`, if it was made. It mounts `shares`.
+    pub fn find(name: &str, shares: &[String]) -> Result<Option<Self>, Error> {
         if !is_name(name, 63) {
             return Ok(None);
         }
@@ -91,11 +91,11 @@ impl Instance {
         let about: About =
             serde_json::from_slice(&text).map_err(|error| damaged(format!("{ABOUT}: {error}")))?;
         let boot = boot(&dir.join(KERNEL), &dir.join(INITRD), &about);
-        Ok(Some(Self { boot, disks: open(&dir)?, hostname: about.hostname }))
+        Ok(Some(Self { boot, disks: open(&dir, shares)?, hostname: about.hostname }))
     }
 
-    /// The VM `name`, made now. It appears whole or not at all.
-    pub fn create(name: &str, base: &Base, settings: &Settings) -> Result<Self, Error> {
+    /// The VM `name`, made now. It appears whole or not at all. It mounts `shares`.
+    pub fn create(name: &str, base: &Base, settings: &Settings, shares: &[String]) -> Result<Self, Error> {
         settings.check()?;
         if !is_name(name, 63) {
             return Err(Error::Name(name.into()));
@@ -117,7 +117,7 @@ impl Instance {
         let text = serde_json::to_vec_pretty(&about).map_err(|error| Error::file(&dir)(error.into()))?;
         fs::write(work.path().join(ABOUT), text).map_err(Error::file(&dir))?;
         settle(work, &dir).map_err(Error::file(&dir))?;
-        Self::find(name)?.ok_or(Error::Name(name.into()))
+        Self::find(name, shares)?.ok_or(Error::Name(name.into()))
     }
 }
 
@@ -162,17 +162,31 @@ fn random_id() -> Result<String, Error> {
 
 fn write_seed(dir: &Path, settings: &Settings, about: &About) -> Result<(), Error> {
     let path = dir.join(SEED);
-    let bytes = seed::make(settings, &about.id, &about.hostname).map_err(Error::file(&path))?;
-    fs::write(&path, bytes).map_err(Error::file(&path))
+    let first = seed::first_start(settings, &about.id, &about.hostname);
+    fs::write(&path, seed::make(&first).map_err(Error::file(&path))?).map_err(Error::file(&path))
 }
 
-fn open(dir: &Path) -> Result<Vec<vm::Disk>, Error> {
+/// Makes the seed anew for this start.
+fn renew_seed(dir: &Path, shares: &[String]) -> std::io::Result<()> {
+    let path = dir.join(SEED);
+    let mut files = seed::read(Cursor::new(fs::read(&path)?))?;
+    files.extend(seed::every_start(shares));
+    let mut new = tempfile::Builder::new().prefix(".seed-").tempfile_in(dir)?;
+    new.write_all(&seed::make(&files)?)?;
+    new.persist(&path)?;
+    Ok(())
+}
+
+fn open(dir: &Path, shares: &[String]) -> Result<Vec<vm::Disk>, Error> {
     let open = |name: &str, format, read_only| -> Result<_, Error> {
         let image = Disk::open(&dir.join(name), &Options { format: Some(format), read_only })?;
         let serial = name.split('.').next().unwrap_or(name).into();
         Ok(vm::Disk { image: Arc::new(image), serial, bus: vm::DiskBus::Virtio })
     };
-    Ok(vec![open(OVERLAY, Format::Qcow2, false)?, open(SEED, Format::Raw, true)?])
+    // From here on nobody else has the VM.
+    let overlay = open(OVERLAY, Format::Qcow2, false)?;
+    renew_seed(dir, shares).map_err(Error::file(dir.join(SEED)))?;
+    Ok(vec![overlay, open(SEED, Format::Raw, true)?])
 }
 
 fn boot(kernel: &Path, initrd: &Path, about: &About) -> vm::Boot {

@@ -2,14 +2,16 @@
 //! calls NoCloud. The user-data are a script, which our own systems and cloud-init's understand alike.
 
 use std::fmt::Write as _;
-use std::io::{self, Cursor, Write};
+use std::io::{self, Cursor, Read, Seek, Write};
 
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 
 use crate::Error;
 
 /// Bytes of the file system.
-const SIZE: usize = 1 << 20;
+const SIZE: usize = 4 << 20;
+/// What a machine does at every start.
+const START: &str = include_str!("guest/start.sh");
 
 /// What a machine is told at its first start.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -73,18 +75,41 @@ impl Settings {
     }
 }
 
-/// Makes the seed of the machine `id`.
-pub(crate) fn make(settings: &Settings, id: &str, hostname: &str) -> io::Result<Vec<u8>> {
+/// The seed of the machine `id`: what is for its first start, by the names of the files.
+pub(crate) fn first_start(settings: &Settings, id: &str, hostname: &str) -> Vec<(&'static str, Vec<u8>)> {
+    let mut meta = String::new();
+    let _ = write!(meta, "instance-id: {id}\nlocal-hostname: {hostname}\n");
+    vec![("meta-data", meta.into_bytes()), ("user-data", settings.script().into_bytes())]
+}
+
+/// What is for every start: the directories of the host that it mounts, and our agent.
+pub(crate) fn every_start(shares: &[String]) -> Vec<(&'static str, Vec<u8>)> {
+    let tags: String = shares.iter().map(|tag| format!("{tag}\n")).collect();
+    let start = [("start", START.into()), ("shares", tags.into_bytes()), ("agent", agent::PROGRAM.into())];
+    start.into_iter().filter(|(_, bytes): &(_, Vec<u8>)| !bytes.is_empty()).collect()
+}
+
+/// What is for the first start in the seed that is there.
+pub(crate) fn read(seed: impl Read + Write + Seek) -> io::Result<Vec<(&'static str, Vec<u8>)>> {
+    let volume = FileSystem::new(seed, FsOptions::new())?;
+    let read = |name| {
+        let mut bytes = Vec::new();
+        volume.root_dir().open_file(name)?.take(SIZE as u64).read_to_end(&mut bytes)?;
+        Ok((name, bytes))
+    };
+    ["meta-data", "user-data"].into_iter().map(read).collect()
+}
+
+/// Makes a seed with these files.
+pub(crate) fn make(files: &[(&str, Vec<u8>)]) -> io::Result<Vec<u8>> {
     let mut bytes = Cursor::new(vec![0; SIZE]);
     fatfs::format_volume(&mut bytes, FormatVolumeOptions::new().volume_label(*b"CIDATA     "))?;
     {
         let volume = FileSystem::new(&mut bytes, FsOptions::new())?;
         let root = volume.root_dir();
-        let mut meta = String::new();
-        let _ = write!(meta, "instance-id: {id}\nlocal-hostname: {hostname}\n");
-        for (name, text) in [("meta-data", meta), ("user-data", settings.script())] {
+        for (name, bytes) in files {
             let mut file = root.create_file(name)?;
-            file.write_all(text.as_bytes())?;
+            file.write_all(bytes)?;
             file.flush()?;
         }
     }
@@ -105,7 +130,6 @@ fn quote(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
 
     #[test]
     fn the_seed_holds_what_was_told() {
@@ -116,7 +140,12 @@ mod tests {
             commands: vec!["echo 'it works'".into()],
         };
         settings.check().unwrap();
-        let bytes = make(&settings, "id-1", "web").unwrap();
+        let first = first_start(&settings, "id-1", "web");
+        let bytes = make(&first).unwrap();
+        // At the next start, with another version of Lodge.
+        let again = read(Cursor::new(bytes)).unwrap();
+        assert_eq!(again, first);
+        let bytes = make(&[again, every_start(&["src".into(), "data".into()])].concat()).unwrap();
         let volume = FileSystem::new(Cursor::new(bytes), FsOptions::new()).unwrap();
         assert_eq!(volume.volume_label(), "CIDATA");
         let read = |name: &str| {
@@ -125,6 +154,8 @@ mod tests {
             text
         };
         assert_eq!(read("meta-data"), "instance-id: id-1\nlocal-hostname: web\n");
+        assert_eq!(read("shares"), "src\ndata\n");
+        assert!(read("start").starts_with("#!/bin/sh\n"));
         let script = read("user-data");
         assert!(script.starts_with("#!/bin/sh\n") && script.contains("useradd"), "{script}");
         assert!(script.contains("\nssh-ed25519 AAAA ada@host\nEND-OF-KEYS\n"), "{script}");

@@ -51,7 +51,9 @@ pub fn run(run: &Run, mut from: BufReader<File>, stream: &File) -> io::Result<()
     // Closed when the command has ended.
     let (over, until_over) = io::pipe()?;
     let outputs: [(Option<File>, fn(Vec<u8>) -> FromAgent, i32); 2] = match &terminal {
-        Some(terminal) => [(Some(terminal.try_clone()?), FromAgent::Output, AFTERWARDS), (None, FromAgent::Errors, 0)],
+        Some(terminal) => {
+            [(Some(terminal.try_clone()?), FromAgent::Output, AFTERWARDS), (None, FromAgent::Errors, 0)]
+        }
         None => [
             (child.stdout.take().map(|pipe| OwnedFd::from(pipe).into()), FromAgent::Output, 0),
             (child.stderr.take().map(|pipe| OwnedFd::from(pipe).into()), FromAgent::Errors, 0),
@@ -121,7 +123,9 @@ fn start(run: &Run) -> Result<(Child, Option<File>), FromAgent> {
     })?;
     let mut command = prepare(run, &user);
     let (terminal, other) = match &run.terminal {
-        Some(terminal) => open_terminal(terminal).map(|(ours, its)| (Some(ours), Some(its))).map_err(failed(1))?,
+        Some(terminal) => {
+            open_terminal(terminal).map(|(ours, its)| (Some(ours), Some(its))).map_err(failed(1))?
+        }
         None => (None, None),
     };
     match &other {
@@ -137,7 +141,9 @@ fn start(run: &Run) -> Result<(Child, Option<File>), FromAgent> {
     let name = command.get_program().to_string_lossy().into_owned();
     let child = command.spawn().map_err(|error| match error.kind() {
         ErrorKind::NotFound => FromAgent::Failed(127, format!("cannot run {name}: it is not there")),
-        ErrorKind::PermissionDenied => FromAgent::Failed(126, format!("cannot run {name}: it is not permitted")),
+        ErrorKind::PermissionDenied => {
+            FromAgent::Failed(126, format!("cannot run {name}: it is not permitted"))
+        }
         _ => FromAgent::Failed(126, format!("cannot run {name}: {error}")),
     })?;
     Ok((child, terminal))
@@ -207,8 +213,9 @@ fn become_user(command: &mut Command, user: User, with_terminal: bool) {
 /// A new terminal: our end and the command's.
 fn open_terminal(terminal: &Terminal) -> io::Result<(File, File)> {
     // SAFETY: it takes numbers; what it gives is ours alone.
-    let ours =
-        unsafe { File::from_raw_fd(check(libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC))?) };
+    let ours = unsafe {
+        File::from_raw_fd(check(libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC))?)
+    };
     // SAFETY: it takes a number.
     check(unsafe { libc::unlockpt(ours.as_raw_fd()) })?;
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
@@ -241,7 +248,13 @@ fn write_input(mut input: File, is_terminal: bool, from: &Receiver<Option<Vec<u8
 
 /// Sends what comes, until its end; or until the command is over and nothing more comes for so many milliseconds, for what it has
 /// started may live on with its output.
-fn read_output(mut output: File, host: &Host, message: fn(Vec<u8>) -> FromAgent, over: &PipeReader, afterwards: i32) {
+fn read_output(
+    mut output: File,
+    host: &Host,
+    message: fn(Vec<u8>) -> FromAgent,
+    over: &PipeReader,
+    afterwards: i32,
+) {
     let mut buffer = vec![0; PIECE];
     let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let mut polled = [poll(output.as_raw_fd()), poll(over.as_raw_fd())];

@@ -10,8 +10,8 @@ use crate::socket::shutdown;
 
 /// Connects the stream to a port of the loopback.
 pub fn connect(port: u16, mut from: BufReader<File>, stream: &File) -> io::Result<()> {
-    let connected =
-        TcpStream::connect((Ipv4Addr::LOCALHOST, port)).or_else(|_| TcpStream::connect((Ipv6Addr::LOCALHOST, port)));
+    let connected = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+        .or_else(|error| TcpStream::connect((Ipv6Addr::LOCALHOST, port)).map_err(|_| error));
     let tcp = match connected {
         Ok(tcp) => tcp,
         Err(error) => {

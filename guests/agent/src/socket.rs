@@ -37,8 +37,9 @@ pub fn accept(listener: &OwnedFd) -> io::Result<Option<File>> {
     let mut size = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
     let (to, len) = ((&raw mut address).cast(), &raw mut size);
     // SAFETY: there is room for an address of this size; what it gives is ours alone.
-    let stream =
-        unsafe { File::from_raw_fd(check(libc::accept4(listener.as_raw_fd(), to, len, libc::SOCK_CLOEXEC))?) };
+    let stream = unsafe {
+        File::from_raw_fd(check(libc::accept4(listener.as_raw_fd(), to, len, libc::SOCK_CLOEXEC))?)
+    };
     Ok((address.svm_cid == libc::VMADDR_CID_HOST).then_some(stream))
 }
 

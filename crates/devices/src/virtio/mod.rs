@@ -5,8 +5,8 @@
 //! else.
 
 pub mod blk;
-mod packed;
 pub mod fs;
+mod packed;
 mod queue;
 mod request;
 mod ring;

@@ -8,6 +8,7 @@ busybox mount -t devpts pts /dev/pts
 busybox mount -t tmpfs tmp /tmp
 busybox --install -s
 busybox hostname lodge
+busybox ip link set lo up
 # Drivers of what there is, by PCI device or class.
 load() {
     busybox grep -q "$1" /sys/bus/pci/devices/*/"$2" 2>/dev/null || return 0
@@ -36,4 +37,6 @@ case " $cmdline" in
     unset IFS
     ;;
 esac
+# Does what the host asks for, such as `lodge exec`.
+[ ! -x /sbin/lodge-agent ] || /sbin/lodge-agent &
 exec busybox init

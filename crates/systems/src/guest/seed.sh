@@ -2,6 +2,7 @@
 # Applies the machine's seed: a file system with the label CIDATA (cloud-init's NoCloud), of which are understood
 #   meta-data   the lines "instance-id: ID" and "local-hostname: NAME"
 #   user-data   if it is a script ("#!"): it runs once for each instance-id, as root
+#   start       if it is there: it runs at every start, and is told where the seed is
 # The machine also gets host keys of its own here.
 set -u
 state=/var/lib/lodge
@@ -20,6 +21,7 @@ if [ -n "$disk" ]; then
         rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub
         [ ! -f "$seed/user-data" ] || install -m 700 "$seed/user-data" $state/user-data
     fi
+    [ ! -f "$seed/start" ] || sh "$seed/start" "$seed"
     umount "$seed"
     rmdir "$seed"
 fi
