@@ -61,6 +61,12 @@ pub enum Command {
     Ssh(Ssh),
     /// Connect standard input and output to a TCP port of one that runs, without a network
     Forward(Forward),
+    /// Show how much memory a guest has, or have it use less
+    #[command(
+        after_help = "Examples:\n  lodge memory web          what it has, and what of it takes memory of the host\n  \
+                            lodge memory web 512M     it is to use no more, as far as it can"
+    )]
+    Memory(Memory),
     /// List, describe and remove the whole systems that were made
     #[command(subcommand)]
     Image(Image),
@@ -168,6 +174,19 @@ pub struct Stop {
     pub timeout: Option<std::time::Duration>,
 }
 
+/// `lodge memory`.
+#[derive(Debug, Args)]
+pub struct Memory {
+    /// Its name, as `lodge ls` shows it
+    pub name: String,
+    /// What it is to have, such as 512M; at most what it was started with
+    #[arg(value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `lodge host`.
 #[derive(Debug, Args)]
 pub struct Host {
@@ -188,6 +207,15 @@ pub enum Engine {
     Interpret,
     /// Guest code is rewritten into host code: fast, and needs nothing of the host
     Translate,
+}
+
+/// What the terminal is connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Terminal {
+    /// The first serial port
+    Serial,
+    /// A virtio console
+    Virtio,
 }
 
 /// Which processor the guest sees.
@@ -221,6 +249,10 @@ pub struct Run {
     /// The processor's model [default: v3 where the host has it, else v2]
     #[arg(long, value_enum)]
     pub cpu: Option<Cpu>,
+    /// What the terminal is connected to. The virtio console knows the terminal's size; the serial port is shown until the guest has
+    /// opened it
+    #[arg(long, value_enum, default_value = "serial")]
+    pub console: Terminal,
     /// Memory, such as 512M or 4G [default: 512M, for whole systems 1G]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,

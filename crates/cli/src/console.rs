@@ -51,6 +51,13 @@ impl Raw {
     }
 }
 
+/// Tells the guest how large this terminal is, if it is one.
+pub fn tell_size(console: &vm::Console) {
+    if let Ok(size) = termios::tcgetwinsize(rustix::stdio::stdin()) {
+        console.resize(size.ws_col, size.ws_row);
+    }
+}
+
 /// Takes escape sequences out of what the user types.
 #[derive(Debug, Default)]
 pub struct Escapes {

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         args::Command::Exec(args) => exec::exec(&args),
         args::Command::Ssh(args) => exec::ssh(&args),
         args::Command::Forward(args) => exec::forward(&args),
+        args::Command::Memory(args) => running::memory(&args).map(|()| ExitCode::SUCCESS),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "lodge", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 use vm::control::Status;
 use vm::{Boot, Choice, Config, Console, End, Model, Vm};
 
-use crate::args::{Cpu, Engine, Run};
+use crate::args::{Cpu, Engine, Run, Terminal};
 use crate::config;
 use crate::console::{self, Ask, Raw};
 use crate::disk::Disk;
@@ -35,7 +35,10 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let (name, control) = running::take_name(args, &config.name)?;
     config.name = name;
     let prepared = begun.elapsed();
-    let console = Arc::new(Console::new(Box::new(std::io::stdout())));
+    let console = Arc::new(match args.console {
+        Terminal::Serial => Console::new(Box::new(std::io::stdout())),
+        Terminal::Virtio => Console::with_virtio(Box::new(std::io::stdout())),
+    });
     let mut vm = Vm::new(&config, &console)?;
 
     // From here on the terminal may be raw: it is put back on every way out, panics included.
@@ -51,10 +54,10 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
         eprint!("{}\r\n", console::HINT);
     }
     let power = vm.power().clone();
-    watch_signals(&power)?;
+    watch_signals(&power, &console)?;
     if let Some(control) = &control {
         control
-            .serve(status(&config, &vm), &console, &config.sockets, &power)
+            .serve(status(&config, &vm), &console, &config.sockets, &config.balloon, &power)
             .context("the host gives no thread")?;
     }
     // Boot menus take any key as a wish to choose, the end of input included.
@@ -154,13 +157,19 @@ fn finish(end: Option<&End>, args: &Run) -> ExitCode {
     ExitCode::from(status)
 }
 
-fn watch_signals(power: &vm::Power) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot watch for signals")?;
-    let power = power.clone();
+fn watch_signals(power: &vm::Power, console: &Arc<Console>) -> anyhow::Result<()> {
+    let mut signals =
+        Signals::new([SIGINT, SIGTERM, SIGHUP, SIGWINCH]).context("cannot watch for signals")?;
+    let (power, console) = (power.clone(), console.clone());
+    console::tell_size(&console);
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             for signal in signals.forever() {
+                if signal == SIGWINCH {
+                    console::tell_size(&console);
+                    continue;
+                }
                 power.request(End::Stopped(match signal {
                     SIGINT => "Ctrl-C",
                     SIGTERM => "SIGTERM",
@@ -209,7 +218,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         (None, None) => 512 << 20,
     };
     let disk = boot_disk(args, system.is_some())?;
-    let (boot, mut disks) = match (system, &args.firmware, &disk) {
+    let (mut boot, mut disks) = match (system, &args.firmware, &disk) {
         (Some(system), None, _) => (system.boot, system.disks),
         (None, None, None) => (kernel(args, file.mirror.as_deref())?, Vec::new()),
         (system, ..) => {
@@ -217,6 +226,11 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
             (Boot::Firmware(firmware), system.map_or_else(Vec::new, |system| system.disks))
         }
     };
+    if let (Terminal::Virtio, Boot::Kernel { cmdline, .. }) = (args.console, &mut boot)
+        && !cmdline.contains("console=hvc")
+    {
+        cmdline.push_str(" console=hvc0");
+    }
     disks.extend(crate::disk::open(disk.iter().chain(&args.disk))?);
     Ok(Config {
         name: args.name.clone().unwrap_or_else(|| name_of(&boot)),
@@ -234,6 +248,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         cdroms: crate::disk::open_cds(&args.cdrom)?,
         shares: crate::share::open(&args.share)?,
         sockets: Arc::default(),
+        balloon: Arc::default(),
         debug_exit: args.debug_exit,
         trace: args.trace.clone(),
     })
@@ -329,6 +344,7 @@ fn print_stats(report: &vm::Report, prepared: std::time::Duration, total: std::t
         line(phase, seconds(*time));
     }
     line("total", seconds(total));
+    line("host memory held", format!("{:.1} MiB", report.held as f64 / f64::from(1 << 20)));
     for (index, cpu) in report.cpus.iter().enumerate() {
         if let Some(n) = cpu.instructions {
             line(&format!("vCPU {index}: instructions"), n.to_string());

@@ -13,7 +13,7 @@ use comfy_table::presets::UTF8_BORDERS_ONLY;
 use indicatif::HumanBytes;
 use vm::control::{Client, Request, Server, Status, Taken};
 
-use crate::args::{Ls, Run, Stop};
+use crate::args::{Ls, Memory, Run, Stop};
 use crate::console::{self, Ask, Raw};
 use crate::host::print;
 use crate::report::{Help, Usage};
@@ -160,6 +160,28 @@ fn has_ended(end: &mut impl Read, handle: &UnixStream, patience: Duration) -> an
     handle.set_read_timeout(Some(patience)).context("cannot wait for the end")?;
     // However the connection ends: its process is at the other end.
     Ok(!matches!(end.read(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock))
+}
+
+/// `lodge memory`.
+pub fn memory(args: &Memory) -> anyhow::Result<()> {
+    let size = connect(&args.name)?.status()?.memory;
+    if args.size.is_some_and(|wanted| wanted > size) {
+        let most = HumanBytes(size);
+        return Err(anyhow::Error::new(Usage(format!("{} was started with {most} of memory", args.name)))
+            .context(Help("ask for no more than that, or start it again with --memory".into())));
+    }
+    let memory = connect(&args.name)?.memory(args.size)?;
+    if args.json {
+        return print(&serde_json::to_string_pretty(&memory)?);
+    }
+    let told = |bytes: Option<u64>| bytes.map_or("unknown".into(), |bytes| HumanBytes(bytes).to_string());
+    let mut table = Table::new();
+    table.load_style(UTF8_BORDERS_ONLY);
+    table.set_header(["started with", "is to have", "has", "free", "available", "host memory"]);
+    let [size, target, has, held] =
+        [memory.size, memory.target, memory.has, memory.held].map(|bytes| told(Some(bytes)));
+    table.add_row([size, target, has, told(memory.free), told(memory.available), held]);
+    print(&table.to_string())
 }
 
 /// `lodge console`.

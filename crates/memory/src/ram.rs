@@ -4,6 +4,7 @@ use std::arch::asm;
 use std::fmt;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
@@ -142,6 +143,17 @@ impl Block {
         unsafe { libc::madvise(base, len as usize, libc::MADV_DONTDUMP) };
         let base = NonNull::new(base.cast()).ok_or_else(|| std::io::Error::other("mapped at address 0"))?;
         Ok(Self { base, len, file })
+    }
+}
+
+impl Block {
+    /// Frees whole pages of the file, and with them of every mapping. Tells whether the host did.
+    fn punch(&self, offset: u64, len: u64) -> bool {
+        let (Ok(offset), Ok(len)) = (offset.try_into(), len.try_into()) else { return false };
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: an operation on a file that we own; its mappings stay, and are only reached by raw pointers with volatile and
+        // atomic accesses, to which zeroes are as good as any bytes.
+        unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, len) == 0 }
     }
 }
 
@@ -340,6 +352,29 @@ impl Memory {
         self.0.code.stored(offset, 8 * count)
     }
 
+    /// Gives the host back the whole pages of RAM among `len` bytes at `gpa`: they read as zeroes from then on, and take host
+    /// memory again when they are touched. What the host refuses stays as it is.
+    pub fn discard(&self, gpa: Gpa, len: u64) {
+        let end = gpa.saturating_add(len) & !(PAGE_SIZE - 1);
+        let start = gpa.checked_next_multiple_of(PAGE_SIZE).unwrap_or(end);
+        for region in self.0.regions.iter().filter(|region| region.kind == Kind::Ram) {
+            let (from, to) = (start.max(region.gpa), end.min(region.gpa + region.size));
+            if from >= to {
+                continue;
+            }
+            let (offset, len) = (from - region.gpa + region.offset, to - from);
+            if self.0.block.punch(offset, len) {
+                self.0.code.stored_range(offset, len);
+            }
+        }
+    }
+
+    /// Bytes of host memory that the guest's take now.
+    pub fn held(&self) -> u64 {
+        // The file is ours and open; what it holds is counted in blocks of 512 bytes.
+        self.0.block.file.metadata().map_or(0, |file| file.blocks() * 512)
+    }
+
     /// Copies bytes out, from `offset`. What lies outside the block reads as zero.
     pub fn read(&self, offset: u64, to: &mut [u8]) {
         for (i, byte) in to.iter_mut().enumerate() {
@@ -407,6 +442,40 @@ mod tests {
         memory.code().mark(offset + 0x40, 16);
         memory.guest().write_slice(&[0; 8192], GuestAddress(0x1f_f000)).unwrap();
         assert_ne!(memory.code().generation(offset), before);
+    }
+
+    #[test]
+    fn discarded_pages_are_the_hosts_again_and_read_as_zeroes() {
+        let memory = Memory::new(16 << 20, 0x1_0000).unwrap();
+        let alias = memory.alias().unwrap();
+        let gpa = 0x40_0000;
+        let offset = memory.offset(gpa).unwrap();
+        memory.guest().write_slice(&vec![0x5a; 8 << 20], GuestAddress(gpa)).unwrap();
+        memory.code().mark(offset + 0x2040, 16);
+        let (held, generation) = (memory.held(), memory.code().generation(offset + 0x2000));
+        assert!(held >= 8 << 20, "{held}");
+        // All but parts of the first and the last page.
+        memory.discard(gpa + 1, (4 << 20) - 2);
+        assert_eq!(held - memory.held(), (4 << 20) - 2 * PAGE_SIZE);
+        assert_eq!(memory.load::<u64>(offset + 0xff8), 0x5a5a_5a5a_5a5a_5a5a);
+        assert_eq!(memory.load::<u64>(offset + 0x2040), 0);
+        for base in [alias.writable(), alias.readable()] {
+            // SAFETY: inside the alias, and aligned.
+            let there = unsafe { ((base + offset + 0x2040) as *const u64).read_volatile() };
+            assert_eq!(there, 0, "in every mapping");
+        }
+        assert_ne!(memory.code().generation(offset + 0x2000), generation, "code that was there is stale");
+        memory.store(offset + 0x3000, 7u64);
+        assert_eq!(memory.load::<u64>(offset + 0x3000), 7);
+        // What is no RAM, or nothing, stays as it is.
+        let rom = memory.offset(0xffff_0000).unwrap();
+        memory.store(rom, 1u64);
+        let held = memory.held();
+        for (gpa, len) in [(0xffff_0000, 0x1_0000), (0xa_0000, 0x1_0000), (u64::MAX - 5, u64::MAX), (gpa, 0)]
+        {
+            memory.discard(gpa, len);
+        }
+        assert_eq!((memory.held(), memory.load::<u64>(rom)), (held, 1));
     }
 
     #[test]

@@ -94,6 +94,7 @@ pub fn build(
         cdroms: Vec::new(),
         shares: Vec::new(),
         sockets: Arc::default(),
+        balloon: Arc::default(),
         debug_exit: false,
         trace: None,
     };

@@ -216,13 +216,7 @@ fn plug(
     host.insert(ports)?;
     host.plug(Some(pci::LPC), lpc)?;
     let bootable = plug_disks(config, &host, machine)?;
-    let entropy = virtio::rng::Rng::new().map_err(|source| Error::Host { what: "random bytes", source })?;
-    virtio_function(&host, machine, Arc::new(entropy))?;
-    virtio_function(&host, machine, Arc::new(virtio::vsock::Vsock::new(config.sockets.clone())))?;
-    for share in &config.shares {
-        let session = shares::Session::new(share.directory.clone())?;
-        virtio_function(&host, machine, Arc::new(virtio::fs::Fs::new(session, &share.tag)))?;
-    }
+    plug_virtio(config, &host, machine, console)?;
     match &config.boot {
         // Without firmware nobody else gives devices their addresses.
         Boot::Kernel { .. } => host.assign()?,
@@ -232,6 +226,32 @@ fn plug(
         }
     }
     Ok(host)
+}
+
+/// The virtio devices beside disks.
+fn plug_virtio(
+    config: &Config,
+    host: &pci::Host,
+    machine: &Machine,
+    console: &Arc<Console>,
+) -> Result<(), Error> {
+    let entropy = virtio::rng::Rng::new().map_err(|source| Error::Host { what: "random bytes", source })?;
+    virtio_function(host, machine, Arc::new(entropy))?;
+    virtio_function(host, machine, Arc::new(virtio::vsock::Vsock::new(config.sockets.clone())))?;
+    for share in &config.shares {
+        let session = shares::Session::new(share.directory.clone())?;
+        virtio_function(host, machine, Arc::new(virtio::fs::Fs::new(session, &share.tag)))?;
+    }
+    let balloon = virtio::balloon::Balloon::new(machine.memory.clone(), config.balloon.clone());
+    virtio_function(host, machine, Arc::new(balloon))?;
+    if let Some(port) = console.port() {
+        let device = virtio::console::Console::new(std::slice::from_ref(port));
+        console
+            .attach_port(&machine.power)
+            .map_err(|source| Error::Host { what: "a thread for the console", source })?;
+        virtio_function(host, machine, Arc::new(device))?;
+    }
+    Ok(())
 }
 
 /// The disks and CD-ROM drives, each with its controller; the order in which firmware shall try to start from them.

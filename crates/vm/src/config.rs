@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use devices::flash::Contents as Variables;
+pub use devices::virtio::balloon::Target as Balloon;
 pub use devices::virtio::vsock::Hub as Sockets;
 use x86::cpuid::Model;
 
@@ -108,6 +109,8 @@ pub struct Config {
     pub shares: Vec<Share>,
     /// Its sockets, by which the host's programs reach the guest's. They stay through resets; their streams end.
     pub sockets: Arc<Sockets>,
+    /// How much of its memory the guest is to have, which may change while it runs.
+    pub balloon: Arc<Balloon>,
     /// Whether the guest has the debug-exit port 0xf4.
     pub debug_exit: bool,
     /// Where the translate engine writes down what it makes of guest code.

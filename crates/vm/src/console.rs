@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use devices::pm::Pm;
 use devices::serial::Serial;
+use devices::virtio::console::Port;
 use machine::Power;
 use machine::power::End;
 
@@ -21,9 +22,11 @@ const RECENT: usize = 64 << 10;
 /// Pieces of output that wait for one who looks in. Who takes no more of them is shown no more.
 const BEHIND: usize = 4096;
 
-/// Where output goes, and where input is to come out.
+/// Where output goes, and where input is to come out: the serial port; or a virtio console, before whose opening by the guest the
+/// serial port's output is shown.
 pub struct Console {
     out: Mutex<Output>,
+    port: Option<Arc<Port>>,
     panicked: AtomicBool,
     machine: Mutex<Option<Plugs>>,
     attached: Condvar,
@@ -31,8 +34,6 @@ pub struct Console {
 
 struct Output {
     to: Box<dyn Write + Send>,
-    /// How much of [`PANIC`] the last bytes match.
-    matched: usize,
     recent: VecDeque<u8>,
     views: Vec<(u64, SyncSender<Vec<u8>>)>,
     next_view: u64,
@@ -65,23 +66,55 @@ impl Console {
     /// A console that writes to `to`.
     pub fn new(to: Box<dyn Write + Send>) -> Self {
         Self {
-            out: Mutex::new(Output {
-                to,
-                matched: 0,
-                recent: VecDeque::new(),
-                views: Vec::new(),
-                next_view: 0,
-            }),
+            port: None,
+            out: Mutex::new(Output { to, recent: VecDeque::new(), views: Vec::new(), next_view: 0 }),
             panicked: AtomicBool::new(false),
             machine: Mutex::new(None),
             attached: Condvar::new(),
         }
     }
 
+    /// The same with a virtio console.
+    pub fn with_virtio(to: Box<dyn Write + Send>) -> Self {
+        Self { port: Some(Port::new("console")), ..Self::new(to) }
+    }
+
+    /// The virtio console's port, if there is to be one.
+    pub(crate) fn port(&self) -> Option<&Arc<Port>> {
+        self.port.as_ref()
+    }
+
+    fn open_port(&self) -> Option<&Arc<Port>> {
+        self.port().filter(|port| port.is_open())
+    }
+
+    /// Shows what the virtio console of the machine at hand writes, until it goes.
+    pub(crate) fn attach_port(self: &Arc<Self>, power: &Power) -> std::io::Result<()> {
+        let Some(port) = self.port.clone() else { return Ok(()) };
+        let (mut writer, machine) = (self.writer_of(power, false), port.machine());
+        std::thread::Builder::new().name("console".into()).spawn(move || {
+            let mut bytes = Vec::new();
+            // The writer itself ends a machine whose output cannot be written.
+            while port.read(machine, &mut bytes) && writer.write_all(&bytes).is_ok() {}
+        })?;
+        Ok(())
+    }
+
+    /// Tells the guest how many columns and rows the terminal has, where it has a way to hear it.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        if let Some(port) = self.port() {
+            port.resize(columns, rows);
+        }
+    }
+
     /// The end that the machine's serial port writes to. Output that cannot be written ends the machine: nobody would learn
     /// what the guest says.
     pub(crate) fn writer(self: &Arc<Self>, power: &Power) -> Box<dyn Write + Send> {
-        Box::new(Writer { console: self.clone(), power: power.clone() })
+        Box::new(self.writer_of(power, true))
+    }
+
+    fn writer_of(self: &Arc<Self>, power: &Power, serial: bool) -> Writer {
+        Writer { console: self.clone(), power: power.clone(), serial, matched: 0 }
     }
 
     /// From now on this machine is meant.
@@ -105,7 +138,12 @@ impl Console {
     pub fn push(&self, bytes: &[u8]) {
         let mut rest = bytes;
         while !rest.is_empty() {
-            let taken = self.plugs().serial.push_all(rest, Duration::from_millis(200));
+            let patience = Duration::from_millis(200);
+            let taken = match self.port() {
+                // It waits there until the guest has opened it.
+                Some(port) => port.write(rest, patience),
+                None => self.plugs().serial.push_all(rest, patience),
+            };
             rest = &rest[taken.min(rest.len())..];
         }
     }
@@ -140,6 +178,7 @@ impl Console {
         if let Some(plugs) = lock(&self.machine).clone() {
             plugs.serial.drain(Duration::from_secs(2));
         }
+        self.port().into_iter().for_each(|port| port.drain(Duration::from_secs(2)));
         // An output that cannot be written to has been closed by its reader.
         let _ = lock(&self.out).to.flush();
     }
@@ -157,20 +196,27 @@ impl Output {
 struct Writer {
     console: Arc<Console>,
     power: Power,
+    /// It is the serial port's, which is shown while the virtio console is not open.
+    serial: bool,
+    /// How much of [`PANIC`] the last bytes match.
+    matched: usize,
 }
 
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let mut out = lock(&self.console.out);
         for &byte in bytes {
             // The text's first letter occurs in it only once, so a failed match starts anew there or at the next byte.
-            out.matched =
-                if byte == PANIC[out.matched] { out.matched + 1 } else { usize::from(byte == PANIC[0]) };
-            if out.matched == PANIC.len() {
-                out.matched = 0;
+            self.matched =
+                if byte == PANIC[self.matched] { self.matched + 1 } else { usize::from(byte == PANIC[0]) };
+            if self.matched == PANIC.len() {
+                self.matched = 0;
                 self.console.panicked.store(true, Ordering::Relaxed);
             }
         }
+        if self.serial && self.console.open_port().is_some() {
+            return Ok(bytes.len());
+        }
+        let mut out = lock(&self.console.out);
         out.show(bytes);
         let done = out.to.write_all(bytes).and_then(|()| out.to.flush());
         if let Err(error) = &done {

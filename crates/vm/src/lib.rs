@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use machine::cpu::Stats;
 
 pub use boot::is_disk;
-pub use config::{Boot, Choice, Config, Disk, DiskBus, Firmware, Share, Sockets, Variables};
+pub use config::{Balloon, Boot, Choice, Config, Disk, DiskBus, Firmware, Share, Sockets, Variables};
 pub use console::Console;
 pub use devices::virtio::fs::LONGEST_TAG;
 pub use error::Error;
@@ -61,6 +61,8 @@ pub struct Report {
     pub phases: Vec<(&'static str, Duration)>,
     /// What each vCPU counted.
     pub cpus: Vec<Stats>,
+    /// Bytes of host memory that the guest's took at the end.
+    pub held: u64,
 }
 
 impl Vm {
@@ -132,6 +134,7 @@ impl Vm {
             engine: self.assembly.engine,
             phases: vec![("machine ready after", self.assembled), ("guest ran for", self.ran)],
             cpus: self.cpus.stop(),
+            held: self.assembly.machine.memory.held(),
         }
     }
 }

@@ -4,13 +4,17 @@
 //! queue. Requests that break the rules put the device in the state "needs reset", and change nothing
 //! else.
 
+pub mod balloon;
 pub mod blk;
+pub mod console;
 pub mod fs;
 mod packed;
 mod queue;
 mod request;
 mod ring;
 pub mod rng;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 mod transport;

@@ -22,6 +22,7 @@ load() {
 load 0x1042 device virtio blk
 load 0x105a device virtio fs
 load 0x1053 device virtio vsock
+load 0x1043 device virtio console
 load 0x0106 class sata
 load 0x010802 class nvme
 # Directories of the host: lodge.shares=TAG,TAG on the kernel's command line.
@@ -39,4 +40,6 @@ case " $cmdline" in
 esac
 # Does what the host asks for, such as `lodge exec`.
 [ ! -x /sbin/lodge-agent ] || /sbin/lodge-agent &
+# Memory that is free goes back to the host, in guests that stay for a while.
+{ busybox sleep 3; load 0x1045 device virtio balloon; } &
 exec busybox init

@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::{Answer, LONGEST_LINE, PATIENCE, Request, Status};
+use super::{Answer, LONGEST_LINE, Memory, PATIENCE, Request, Status};
 
 /// Why a VM did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +69,17 @@ impl Client {
     pub fn status(mut self) -> Result<Status, Refused> {
         match self.ask(&Request::Status)? {
             Answer::Status(status) => Ok(status),
+            _ => Err(Refused::Unknown),
+        }
+    }
+
+    /// How much memory the guest has, and is to have if that is given.
+    ///
+    /// # Errors
+    /// It does not say, or does not follow.
+    pub fn memory(mut self, target: Option<u64>) -> Result<Memory, Refused> {
+        match self.ask(&Request::Memory(target))? {
+            Answer::Memory(memory) => Ok(memory),
             _ => Err(Refused::Unknown),
         }
     }

@@ -22,6 +22,8 @@ pub enum Request {
     Status,
     /// The guest's console, what it wrote last first: [`Answer::Stream`].
     Console,
+    /// How much memory the guest has: [`Answer::Memory`]. It is to have so many bytes from now on, if some are given.
+    Memory(Option<u64>),
     /// The power button: most systems shut down.
     PowerButton,
     /// The end of the VM, at once.
@@ -43,6 +45,8 @@ pub enum Answer {
     Done,
     /// What the VM is.
     Status(Status),
+    /// How much memory the guest has.
+    Memory(Memory),
     /// Bytes follow, in both directions.
     Stream,
     /// It was not done: one line, with a way out.
@@ -64,6 +68,23 @@ pub struct Status {
     pub pid: u32,
     /// Seconds since it was started.
     pub seconds: u64,
+}
+
+/// How much memory a guest has, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// What it was started with.
+    pub size: u64,
+    /// What it is to have.
+    pub target: u64,
+    /// What it has: the rest is in its balloon.
+    pub has: u64,
+    /// What of it takes memory of the host's.
+    pub held: u64,
+    /// What it does not use, if it says so.
+    pub free: Option<u64>,
+    /// What its programs could have, if it says so.
+    pub available: Option<u64>,
 }
 
 /// A request in JSON at most.

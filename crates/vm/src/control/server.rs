@@ -13,12 +13,14 @@ use std::time::{Duration, Instant};
 use machine::Power;
 use machine::power::End;
 
-use super::{Answer, LONGEST_LINE, PATIENCE, Request, Status};
-use crate::config::Sockets;
+use super::{Answer, LONGEST_LINE, Memory, PATIENCE, Request, Status};
+use crate::config::{Balloon, Sockets};
 use crate::console::{Console, View};
 
 /// How long a guest may take to answer: less than clients wait.
 const GUEST_PATIENCE: Duration = Duration::from_secs(5);
+/// How long it has to tell of its memory.
+const TELLING: Duration = Duration::from_secs(1);
 /// Connections at a time.
 const MOST_CLIENTS: usize = 256;
 
@@ -49,6 +51,7 @@ struct Vm {
     console: Arc<Console>,
     sockets: Arc<Sockets>,
     power: Power,
+    balloon: Arc<Balloon>,
     clients: AtomicUsize,
 }
 
@@ -87,6 +90,7 @@ impl Server {
         status: Status,
         console: &Arc<Console>,
         sockets: &Arc<Sockets>,
+        balloon: &Arc<Balloon>,
         power: &Power,
     ) -> io::Result<()> {
         let listener = self.listener.try_clone()?;
@@ -96,6 +100,7 @@ impl Server {
             console: console.clone(),
             sockets: sockets.clone(),
             power: power.clone(),
+            balloon: balloon.clone(),
             clients: AtomicUsize::new(0),
         });
         std::thread::Builder::new().name("control".into()).spawn(move || {
@@ -145,6 +150,7 @@ impl Vm {
                 Answer::Done
             }
             Ok(Request::Socket { port }) => return self.connect(from, port),
+            Ok(Request::Memory(target)) => self.memory(target),
             Ok(Request::Console) => return self.show_console(from),
             Ok(Request::Wait) => {
                 say(&stream, &Answer::Stream)?;
@@ -185,6 +191,27 @@ impl Vm {
             };
             let _ = stream.shutdown(how);
             copied
+        })
+    }
+
+    fn memory(&self, target: Option<u64>) -> Answer {
+        let size = self.status.memory;
+        if let Some(bytes) = target {
+            if !self.balloon.has_driver() {
+                return Answer::Refused(
+                    "the guest has no driver for its memory balloon; Linux's is called virtio_balloon".into(),
+                );
+            }
+            self.balloon.set((bytes < size).then_some(bytes));
+        }
+        let stats = self.balloon.stats(TELLING).unwrap_or_default();
+        Answer::Memory(Memory {
+            size,
+            target: self.balloon.wanted().unwrap_or(size),
+            has: size.saturating_sub(self.balloon.ballooned()),
+            held: self.balloon.held(),
+            free: stats.free,
+            available: stats.available,
         })
     }
 
