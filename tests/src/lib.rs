@@ -102,6 +102,7 @@ pub struct Running {
     reader: std::thread::JoinHandle<String>,
     errors: std::thread::JoinHandle<String>,
     lines: std::sync::mpsc::Receiver<String>,
+    pieces: std::sync::mpsc::Receiver<Vec<u8>>,
 }
 
 /// Starts `lodge` with `args`, and `input` typed into it.
@@ -128,12 +129,14 @@ pub fn start_typing(command: &mut Command) -> (Running, ChildStdin) {
     let stdin = child.stdin.take().expect("piped");
     let mut stdout = child.stdout.take().expect("piped");
     let (sender, lines) = std::sync::mpsc::channel();
+    let (piece, pieces) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
         let (mut all, mut buffer, mut told) = (Vec::new(), [0; 4096], 0);
         while let Ok(n @ 1..) = stdout.read(&mut buffer) {
             all.extend_from_slice(&buffer[..n]);
+            // Nobody listens any more when the test only waits for the end.
+            let _ = piece.send(buffer[..n].to_vec());
             while let Some(end) = all[told..].iter().position(|&b| b == b'\n') {
-                // Nobody listens any more when the test only waits for the end.
                 let _ = sender.send(String::from_utf8_lossy(&all[told..told + end]).trim_end().to_string());
                 told += end + 1;
             }
@@ -151,7 +154,7 @@ pub fn start_typing(command: &mut Command) -> (Running, ChildStdin) {
         let _ = stderr.read_to_end(&mut bytes);
         String::from_utf8_lossy(&bytes).into_owned()
     });
-    (Running { child, reader, errors, lines }, stdin)
+    (Running { child, reader, errors, lines, pieces }, stdin)
 }
 
 impl Running {
@@ -165,6 +168,19 @@ impl Running {
                 Ok(line) if line.contains(text) => return line,
                 Ok(line) => seen.push(line),
                 Err(e) => panic!("no line with {text:?} ({e}); there was:\n{}", seen.join("\n")),
+            }
+        }
+    }
+
+    /// Waits for output that contains `text`, in lines or not.
+    #[track_caller]
+    pub fn sees(&self, text: &str, patience: Duration) {
+        let end = Instant::now() + patience;
+        let mut seen = Vec::new();
+        while !seen.windows(text.len()).any(|part| part == text.as_bytes()) {
+            match self.pieces.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(piece) => seen.extend(piece),
+                Err(e) => panic!("no {text:?} ({e}); there was:\n{}", String::from_utf8_lossy(&seen)),
             }
         }
     }

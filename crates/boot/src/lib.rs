@@ -25,6 +25,10 @@ pub use map::ram_for_firmware;
 
 /// Where things lie in low memory when there is no firmware to put them anywhere.
 pub(crate) mod at {
+    /// In the BIOS data area: the segment of the extended one, and KiB of conventional memory.
+    pub const BDA_EBDA: u64 = 0x40e;
+    /// See [`BDA_EBDA`].
+    pub const BDA_LOW_KIB: u64 = 0x413;
     /// The descriptor table that guests start with.
     pub const GDT: u64 = 0x500;
     /// PVH's or multiboot's information, 4 KiB at the most.

@@ -1,5 +1,7 @@
 //! Multiboot 1 (Multiboot Specification 0.6.96).
 
+use std::path::{Path, PathBuf};
+
 use machine::cpu::State;
 use memory::Memory;
 use x86::gpr;
@@ -77,12 +79,22 @@ pub struct Module {
     name: String,
 }
 
+/// A module's file, and what follows it on its command line: `FILE ARGUMENTS`, unless there is a file of that whole name.
+fn with_arguments(path: &Path) -> (PathBuf, String) {
+    let text = path.to_string_lossy();
+    match text.find(' ') {
+        Some(at) if !path.exists() => (PathBuf::from(&text[..at]), text[at..].to_owned()),
+        _ => (path.to_owned(), String::new()),
+    }
+}
+
 /// Loads all of `what.initrd`, above `floor`.
 pub fn modules(memory: &Memory, what: &Kernel<'_>, floor: u64) -> Result<Vec<Module>, Error> {
     let mut limit = u64::MAX;
     let mut loaded = Vec::new();
     for path in what.initrd {
-        let image = Image::open(path)?;
+        let (path, arguments) = with_arguments(path);
+        let image = Image::open(&path)?;
         if loaded.len() == MAX_MODULES {
             return Err(image.error("one module too many: up to 16 can be given"));
         }
@@ -90,7 +102,8 @@ pub fn modules(memory: &Memory, what: &Kernel<'_>, floor: u64) -> Result<Vec<Mod
         image.copy(0, image.len, memory, start)?;
         limit = start;
         // The guest has no business with the host's folders.
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path.file_name().unwrap_or_default().to_string_lossy() + arguments.as_str();
+        let name = name.into_owned();
         loaded.push(Module { start, len: image.len, name });
     }
     Ok(loaded)
@@ -140,6 +153,9 @@ pub fn load(
     place::bytes(memory, at::INFO, &bytes)?;
     place::bytes(memory, list_at, &list)?;
     place::bytes(memory, map_at, &table)?;
+    // Kernels of that age look for the end of conventional memory in the BIOS data area: Xen puts code below it.
+    place::bytes(memory, at::BDA_EBDA, &((at::EBDA >> 4) as u16).to_le_bytes())?;
+    place::bytes(memory, at::BDA_LOW_KIB, &((at::EBDA >> 10) as u16).to_le_bytes())?;
 
     let mut state = start::protected(memory, entry)?;
     state.gpr[gpr::RAX] = LOADER_MAGIC;

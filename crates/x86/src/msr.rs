@@ -40,6 +40,10 @@ pub const FS_BASE: u32 = 0xc000_0100;
 pub const GS_BASE: u32 = 0xc000_0101;
 pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
 pub const TSC_AUX: u32 = 0xc000_0103;
+/// Four performance counters' selections and four counts, which every AMD processor has (APM vol. 2, 13.2.1).
+pub const AMD_PERFORMANCE: u32 = 0xc001_0000;
+/// The last of them.
+pub const AMD_PERFORMANCE_LAST: u32 = 0xc001_0007;
 pub const AMD_SYSCFG: u32 = 0xc001_0010;
 pub const AMD_HWCR: u32 = 0xc001_0015;
 pub const AMD_VM_CR: u32 = 0xc001_0114;

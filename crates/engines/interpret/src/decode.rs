@@ -173,8 +173,12 @@ fn segment(i: &Instruction, bits: u8) -> u8 {
 
 /// Whether the CPUID model has what the instruction needs.
 pub fn supported(i: &Instruction, cpuid: &Cpuid) -> bool {
-    // These are other instructions where the feature is missing.
-    if matches!(i.mnemonic(), Mnemonic::Tzcnt | Mnemonic::Lzcnt | Mnemonic::Pause) {
+    use Mnemonic as M;
+    // These are other instructions where the feature is missing, many of them ones that do nothing.
+    if matches!(
+        i.mnemonic(),
+        M::Tzcnt | M::Lzcnt | M::Pause | M::Rdsspd | M::Rdsspq | M::Cldemote | M::Prefetchwt1
+    ) {
         return true;
     }
     i.cpuid_features().iter().all(|&f| match needed(f) {

@@ -207,8 +207,9 @@ pub fn integer(i: &Instruction, op: &mut Op) -> Option<Handler> {
         M::Shlx => rm!(op, bmi::shx, 0),
         M::Shrx => rm!(op, bmi::shx, 1),
         M::Sarx => rm!(op, bmi::shx, 2),
+        // Among them hints that newer processors understand: RDSSP without shadow stacks is one.
         M::Nop | M::Reservednop | M::Pause | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2
-        | M::Prefetchw | M::Prefetch | M::Endbr64 | M::Endbr32 | M::Lfence | M::Mfence | M::Sfence => mov::nop,
+        | M::Prefetchw | M::Prefetchwt1 | M::Prefetch | M::Endbr64 | M::Endbr32 | M::Rdsspd | M::Rdsspq | M::Cldemote | M::Lfence | M::Mfence | M::Sfence => mov::nop,
         _ => return None,
     })
 }

@@ -57,7 +57,15 @@ impl Core {
             msr::GS_BASE => self.s.segments[index::GS].base,
             msr::KERNEL_GS_BASE => m.kernel_gs_base,
             msr::TSC_AUX if self.cpuid.has(Feature::RDTSCP) || self.cpuid.has(Feature::RDPID) => m.tsc_aux,
-            msr::AMD_SYSCFG | msr::AMD_HWCR | msr::AMD_VM_CR if self.cpuid.vendor() == Vendor::Amd => 0,
+            // The counters never count.
+            msr::AMD_SYSCFG
+            | msr::AMD_HWCR
+            | msr::AMD_VM_CR
+            | msr::AMD_PERFORMANCE..=msr::AMD_PERFORMANCE_LAST
+                if self.cpuid.vendor() == Vendor::Amd =>
+            {
+                0
+            }
             msr::KVM_SYSTEM_TIME | msr::KVM_SYSTEM_TIME_NEW => m.kvm_system_time,
             msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => m.kvm_wall_clock,
             msr::KVM_POLL_CONTROL => m.kvm_poll_control,
@@ -124,7 +132,8 @@ impl Core {
                 }
                 self.s.msrs.tsc_aux = value;
             }
-            msr::AMD_SYSCFG | msr::AMD_HWCR if self.cpuid.vendor() == Vendor::Amd => {}
+            msr::AMD_SYSCFG | msr::AMD_HWCR | msr::AMD_PERFORMANCE..=msr::AMD_PERFORMANCE_LAST
+                if self.cpuid.vendor() == Vendor::Amd => {}
             _ => return self.write_kvm_msr(number, value),
         }
         Some(())

@@ -257,8 +257,13 @@ pub fn is_skipped(i: &Instruction) -> bool {
     matches!(
         i.mnemonic(),
         M::Nop
+            | M::Reservednop
             | M::Endbr64
             | M::Endbr32
+            | M::Rdsspd
+            | M::Rdsspq
+            | M::Cldemote
+            | M::Prefetchwt1
             | M::Prefetchnta
             | M::Prefetcht0
             | M::Prefetcht1
