@@ -250,7 +250,15 @@ fn the_map_tells_all_ram_and_nothing_twice() {
 fn acpi_config(cpus: u32) -> acpi::Config {
     let pm = acpi::Pm { event: 0x600, control: 0x604, timer: 0x608, gpe0: 0x620, gpe0_len: 16, s5: 0 };
     let (window32, window64) = (vec![acpi::PCI_WINDOW], (1 << 39, 1 << 38));
-    acpi::Config { cpus, pm, sci: 9, pci_windows32: window32, pci_window64: window64, mcfg: acpi::MCFG }
+    acpi::Config {
+        cpus,
+        screen: true,
+        pm,
+        sci: 9,
+        pci_windows32: window32,
+        pci_window64: window64,
+        mcfg: acpi::MCFG,
+    }
 }
 
 #[test]

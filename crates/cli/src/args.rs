@@ -43,6 +43,29 @@ pub enum Command {
     /// Start a guest with its console on this terminal
     #[command(after_help = RUN_EXAMPLES, after_long_help = format!("{RUN_EXAMPLES}\n\n{EXIT_STATUS}"))]
     Run(Box<Run>),
+    /// Write what a running guest's screen shows into a PNG file
+    Screenshot {
+        /// The virtual machine's name, as `lodge ls` shows it
+        name: String,
+        /// Where to write
+        file: PathBuf,
+    },
+    /// Type text on a running guest's keyboard, which is a US one
+    #[command(after_help = "Example:\n  lodge type web \"$(printf 'ls -l\\n ')\"")]
+    Type {
+        /// The virtual machine's name
+        name: String,
+        /// What to type; ends of lines are Enter
+        text: String,
+    },
+    /// Press keys together on a running guest's keyboard, such as ctrl-alt-delete
+    Key {
+        /// The virtual machine's name
+        name: String,
+        /// Keys with hyphens between them; several such are pressed one after the other
+        #[arg(required = true)]
+        keys: Vec<String>,
+    },
     /// Show which engines this host can use, and what keeps it from the others
     Host(Host),
     /// List the virtual machines that run
@@ -218,6 +241,15 @@ pub enum Terminal {
     Virtio,
 }
 
+/// What shows the guest's screen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Display {
+    /// Nothing: there is the serial console alone
+    None,
+    /// A VGA, which every system knows
+    Vga,
+}
+
 /// Which processor the guest sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Cpu {
@@ -299,6 +331,20 @@ pub struct Run {
     /// The Debian archive to fetch from [default: the one that apt on this host uses]
     #[arg(long, value_name = "URL", help_heading = "Boot")]
     pub mirror: Option<String>,
+
+    /// Show the guest's screen to viewers of VNC, plain or by WebSocket (noVNC), at an IP address, a port, both, or the path of a
+    /// Unix socket [default: the first free port from 5900 at 127.0.0.1]
+    #[arg(long, value_name = "ADDR", num_args = 0..=1, default_missing_value = "127.0.0.1", help_heading = "Screen")]
+    pub vnc: Option<screens::vnc::Address>,
+    /// A file with the password for viewers, whose first 8 bytes count (VNC has no more)
+    #[arg(long, value_name = "FILE", requires = "vnc", help_heading = "Screen")]
+    pub vnc_password_file: Option<PathBuf>,
+    /// What shows the guest's screen [default: vga, where firmware starts the guest or --vnc is given]
+    #[arg(long, value_enum, help_heading = "Screen")]
+    pub display: Option<Display>,
+    /// Write what the screen shows when the guest has ended into this PNG file
+    #[arg(long, value_name = "FILE.png", help_heading = "Screen")]
+    pub screenshot: Option<PathBuf>,
 
     /// End the guest after so many seconds
     #[arg(long, value_name = "SECS", help_heading = "Ending", value_parser = parse_seconds)]

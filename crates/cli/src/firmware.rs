@@ -34,12 +34,12 @@ pub fn parse(text: &str) -> Result<Which, String> {
 /// Gets the firmware, and its variables if it has any.
 pub fn open(args: &Run, mirror: Option<String>) -> anyhow::Result<Firmware> {
     let which = args.firmware.clone().unwrap_or(Which::Known(images::Firmware::Bios));
-    let (code, template) = match which {
-        Which::File(path) => (path, None),
+    let (code, template, vga) = match which {
+        Which::File(path) => (path, None, None),
         Which::Known(known) => {
             let options = images::Options { mirror, ..images::Options::default() };
             let files = images::firmware(&options, known, &mut Bars::default())?;
-            (files.code, files.variables)
+            (files.code, files.variables, files.vga)
         }
     };
     let variables = template.map(|template| variables(&template, args.name.as_deref())).transpose()?;
@@ -47,7 +47,7 @@ pub fn open(args: &Run, mirror: Option<String>) -> anyhow::Result<Firmware> {
         let file = File::create(path);
         file.with_context(|| Usage(format!("cannot write the firmware's messages to {}", path.display())))
     });
-    Ok(Firmware { code, variables, log: log.transpose()?.map(Arc::new) })
+    Ok(Firmware { code, variables, vga, log: log.transpose()?.map(Arc::new) })
 }
 
 /// The variables of the VM called `name`, made from the template at its first start; one without a name has them in memory.

@@ -13,6 +13,7 @@ mod progress;
 mod report;
 mod run;
 mod running;
+mod screen;
 mod share;
 mod system;
 
@@ -28,6 +29,11 @@ fn main() -> ExitCode {
         args::Command::Image(args) => image::image(&args).map(|()| ExitCode::SUCCESS),
         args::Command::Ls(args) => running::ls(&args).map(|()| ExitCode::SUCCESS),
         args::Command::Console { name } => running::console(&name),
+        args::Command::Screenshot { name, file } => {
+            screen::screenshot(&name, &file).map(|()| ExitCode::SUCCESS)
+        }
+        args::Command::Type { name, text } => screen::type_text(&name, &text).map(|()| ExitCode::SUCCESS),
+        args::Command::Key { name, keys } => screen::press(&name, &keys).map(|()| ExitCode::SUCCESS),
         args::Command::Stop(args) => running::stop(&args),
         args::Command::Exec(args) => exec::exec(&args),
         args::Command::Ssh(args) => exec::ssh(&args),

@@ -41,6 +41,8 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     });
     let mut vm = Vm::new(&config, &console)?;
 
+    let viewers = crate::screen::serve(args, &config)?;
+
     // From here on the terminal may be raw: it is put back on every way out, panics included.
     let raw = Raw::new();
     let _restore = raw.clone().map(RestoreOnDrop);
@@ -57,7 +59,7 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     watch_signals(&power, &console)?;
     if let Some(control) = &control {
         control
-            .serve(status(&config, &vm), &console, &config.sockets, &config.balloon, &power)
+            .serve(status(&config, &vm), &console, &config.sockets, &config.balloon, &power, &config.screen)
             .context("the host gives no thread")?;
     }
     // Boot menus take any key as a wish to choose, the end of input included.
@@ -80,6 +82,10 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
         }
         end = vm.run(deadline);
     }
+    if let Some(file) = &args.screenshot {
+        crate::screen::save(&config.screen, file)?;
+    }
+    drop(viewers);
     let report = vm.stop();
     // What the guest has not asked to be flushed is not lost either when it ends.
     let flushed = config.disks.iter().try_for_each(|disk| disk.image.flush());
@@ -231,6 +237,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
     {
         cmdline.push_str(" console=hvc0");
     }
+    let firmware = matches!(boot, Boot::Firmware(_));
     disks.extend(crate::disk::open(disk.iter().chain(&args.disk))?);
     Ok(Config {
         name: args.name.clone().unwrap_or_else(|| name_of(&boot)),
@@ -249,6 +256,8 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         shares: crate::share::open(&args.share)?,
         sockets: Arc::default(),
         balloon: Arc::default(),
+        display: crate::screen::display(args, firmware),
+        screen: screens::Screen::new(),
         debug_exit: args.debug_exit,
         trace: args.trace.clone(),
     })

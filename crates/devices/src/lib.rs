@@ -19,9 +19,11 @@ pub mod nvme;
 pub mod pci;
 pub mod pit;
 pub mod pm;
+pub mod ps2;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod vga;
 pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard};

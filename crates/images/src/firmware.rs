@@ -23,13 +23,17 @@ pub struct FirmwareFiles {
     pub code: PathBuf,
     /// Of UEFI: its variables as they are in the beginning.
     pub variables: Option<PathBuf>,
+    /// Of BIOS: its driver of the display.
+    pub vga: Option<PathBuf>,
 }
 
 impl Firmware {
     /// The package, and the files in it.
     fn package(self) -> (&'static str, &'static [&'static str]) {
         match self {
-            Self::Bios => ("seabios", &["usr/share/seabios/bios-256k.bin"]),
+            Self::Bios => {
+                ("seabios", &["usr/share/seabios/bios-256k.bin", "usr/share/seabios/vgabios-stdvga.bin"])
+            }
             Self::Uefi => ("ovmf", &["usr/share/OVMF/OVMF_CODE_4M.fd", "usr/share/OVMF/OVMF_VARS_4M.fd"]),
         }
     }
@@ -51,5 +55,10 @@ pub fn firmware(
     }
     .into_iter();
     let missing = || Error::NoFile { package: package.to_owned(), file: names[0].to_owned() };
-    Ok(FirmwareFiles { code: files.next().ok_or_else(missing)?, variables: files.next() })
+    let code = files.next().ok_or_else(missing)?;
+    let second = files.next();
+    Ok(match which {
+        Firmware::Bios => FirmwareFiles { code, variables: None, vga: second },
+        Firmware::Uefi => FirmwareFiles { code, variables: second, vga: None },
+    })
 }

@@ -112,9 +112,11 @@ fn firmware_is_the_hosts_own_or_comes_from_the_archive() {
     assert_eq!(read(&found.code), b"code");
     assert_eq!(found.variables.map(|path| read(&path)), Some(b"variables".to_vec()));
     let own = host.root.join("usr/share/seabios/bios-256k.bin");
+    let vga = host.root.join("usr/share/seabios/vgabios-stdvga.bin");
     write(&own, b"bios");
+    write(&vga, b"driver");
     let found = images::firmware(&host.options(), images::Firmware::Bios, &mut Silent).unwrap();
-    assert_eq!(found, images::FirmwareFiles { code: own, variables: None });
+    assert_eq!(found, images::FirmwareFiles { code: own, variables: None, vga: Some(vga) });
 }
 
 #[test]

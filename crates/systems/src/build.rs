@@ -95,6 +95,8 @@ pub fn build(
         shares: Vec::new(),
         sockets: Arc::default(),
         balloon: Arc::default(),
+        display: vm::Display::None,
+        screen: vm::Screen::new(),
         debug_exit: false,
         trace: None,
     };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use std::time::SystemTime;
 
-use devices::{At, ahci, debug, fw_cfg, hpet, nvme, pci, pit, pm, reset, rtc, serial, virtio};
+use devices::{At, ahci, debug, fw_cfg, hpet, nvme, pci, pit, pm, ps2, reset, rtc, serial, vga, virtio};
 use machine::apic::Apics;
 use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
@@ -13,7 +13,7 @@ use machine::{Bus, Clock, Machine, Memory, Power, Registers};
 use x86::cpuid::Cpuid;
 
 use crate::Error;
-use crate::config::{Boot, Config, DiskBus};
+use crate::config::{Boot, Config, DiskBus, Display};
 use crate::console::Console;
 use crate::firmware;
 use crate::host::{self, Chosen};
@@ -143,7 +143,7 @@ fn load(config: &Config, memory: &Memory) -> Result<State, Error> {
         }
         Boot::Kernel { kernel, initrd, cmdline } => (kernel, initrd, cmdline),
     };
-    let rsdp = boot::acpi::build(&firmware::acpi(config.cpus)).place(memory)?;
+    let rsdp = boot::acpi::build(&firmware::acpi(config)).place(memory)?;
     boot::smbios::place(memory, config.cpus)?;
     Ok(boot::load(memory, &boot::Kernel { kernel, initrd, cmdline, rsdp })?)
 }
@@ -161,6 +161,7 @@ fn plug(
 ) -> Result<Arc<pci::Host>, Error> {
     let Machine { ports, mmio, clock, timers, power, .. } = &**machine;
     irqs.insert(ports, mmio)?;
+    config.screen.unplug();
 
     let com1 = serial::Serial::new(irqs.line(4), console.writer(power));
     insert(ports, serial::COM1, "COM1", com1.clone())?;
@@ -182,13 +183,16 @@ fn plug(
     console.attach(&com1, &pm);
 
     insert(ports, reset::FAST_A20, "port 92", reset::FastA20::new(power.clone()))?;
-    let plugged = match config.boot {
-        Boot::Kernel { .. } => reset::Plugged::Nothing,
-        Boot::Firmware(_) => reset::Plugged::Keyboard,
+    // Firmware waits for a keyboard, also where nobody types on it.
+    let plugged = match (&config.boot, config.display) {
+        (Boot::Kernel { .. }, Display::None) => ps2::Plugged::Nothing,
+        _ => ps2::Plugged::Both,
     };
-    let i8042 = reset::I8042::new(plugged, irqs.line(1), irqs.line(12), power.clone());
-    insert(ports, reset::I8042_DATA, "8042", i8042.data())?;
-    insert(ports, reset::I8042_COMMAND, "8042", i8042.command())?;
+    let i8042 = ps2::I8042::new(plugged, irqs.line(1), irqs.line(12), power.clone());
+    insert(ports, ps2::DATA, "8042", i8042.data())?;
+    insert(ports, ps2::COMMAND, "8042", i8042.command())?;
+    let input: Arc<dyn screens::Input> = i8042;
+    config.screen.plug(Arc::downgrade(&input));
 
     insert(ports, debug::POST, "POST code", debug::Post::new())?;
     if config.debug_exit {
@@ -215,6 +219,7 @@ fn plug(
     );
     host.insert(ports)?;
     host.plug(Some(pci::LPC), lpc)?;
+    plug_display(config, &host, machine)?;
     let bootable = plug_disks(config, &host, machine)?;
     plug_virtio(config, &host, machine, console)?;
     match &config.boot {
@@ -250,6 +255,21 @@ fn plug_virtio(
             .attach_port(&machine.power)
             .map_err(|source| Error::Host { what: "a thread for the console", source })?;
         virtio_function(host, machine, Arc::new(device))?;
+    }
+    Ok(())
+}
+
+/// The display, and who looks at it.
+fn plug_display(config: &Config, host: &pci::Host, machine: &Machine) -> Result<(), Error> {
+    match config.display {
+        Display::None => {}
+        Display::Vga => {
+            let vga = vga::Vga::new();
+            vga.insert(&machine.ports, &machine.mmio)?;
+            host.plug(Some(vga::ADDRESS), vga.clone())?;
+            let source: Arc<dyn screens::Source> = vga;
+            config.screen.show(Arc::downgrade(&source));
+        }
     }
     Ok(())
 }

@@ -46,8 +46,20 @@ pub struct Firmware {
     pub code: PathBuf,
     /// The flash chip below the code, in which UEFI has its variables. It stays as it is through resets.
     pub variables: Option<Arc<Variables>>,
+    /// A BIOS's own display driver: the VGA BIOS.
+    pub vga: Option<PathBuf>,
     /// Where messages for its developers go.
     pub log: Option<Arc<File>>,
+}
+
+/// What shows the guest's screen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Display {
+    /// Nothing: the guest has its serial console alone.
+    #[default]
+    None,
+    /// A VGA with a linear frame buffer, which every system knows.
+    Vga,
 }
 
 /// What connects a disk.
@@ -111,6 +123,10 @@ pub struct Config {
     pub sockets: Arc<Sockets>,
     /// How much of its memory the guest is to have, which may change while it runs.
     pub balloon: Arc<Balloon>,
+    /// What shows the guest's screen.
+    pub display: Display,
+    /// Who looks at the screen and types; it outlives resets.
+    pub screen: Arc<screens::Screen>,
     /// Whether the guest has the debug-exit port 0xf4.
     pub debug_exit: bool,
     /// Where the translate engine writes down what it makes of guest code.

@@ -10,15 +10,17 @@ use machine::{Machine, Memory};
 use memory::{HOLE_END, HOLE_START, Kind};
 
 use crate::Error;
-use crate::config::{Config, Firmware};
+use crate::config::{Boot, Config, Display, Firmware};
 
 /// Where PCI devices with large BARs go: 512 GiB, up to the end of what the processor addresses.
 const PCI_WINDOW64: (u64, u64) = (1 << 39, 1 << 39);
+/// SeaBIOS' name for the display's option ROM.
+const VGA_BIOS: &str = "pci1234,1111.rom";
 /// No sleep but S5, whose type is 0: bytes for S0 to S5, bit 7 of each says that there is such a state.
 const SYSTEM_STATES: [u8; 6] = [0x80, 0, 0, 0, 0, 0x80 | pm::SLEEP_TYPE_S5];
 
 /// What ACPI tells of a machine that starts without firmware.
-pub fn acpi(cpus: u32) -> boot::acpi::Config {
+pub fn acpi(config: &Config) -> boot::acpi::Config {
     let pm = boot::acpi::Pm {
         event: pm::PM1A_EVENT as u16,
         control: pm::PM1A_CONTROL as u16,
@@ -28,7 +30,8 @@ pub fn acpi(cpus: u32) -> boot::acpi::Config {
         s5: pm::SLEEP_TYPE_S5,
     };
     boot::acpi::Config {
-        cpus,
+        cpus: config.cpus,
+        screen: config.display != Display::None,
         pm,
         sci: pm::SCI,
         pci_windows32: vec![boot::acpi::PCI_WINDOW],
@@ -38,7 +41,7 @@ pub fn acpi(cpus: u32) -> boot::acpi::Config {
 }
 
 /// As [`acpi`], where firmware has given PCI devices their addresses.
-fn acpi_now(cpus: u32, host: &pci::Host) -> boot::acpi::Config {
+fn acpi_now(found: boot::acpi::Config, host: &pci::Host) -> boot::acpi::Config {
     let mcfg = host.ecam().unwrap_or(boot::acpi::MCFG);
     // Whatever is neither RAM nor configuration space, up to the IOAPIC.
     let (start, end) = (HOLE_START, boot::acpi::PCI_WINDOW.end);
@@ -51,7 +54,7 @@ fn acpi_now(cpus: u32, host: &pci::Host) -> boot::acpi::Config {
         pci_windows32: [below, above].into_iter().filter(|window| !window.is_empty()).collect(),
         pci_window64: (first, start + size - first),
         mcfg,
-        ..acpi(cpus)
+        ..found
     }
 }
 
@@ -83,15 +86,20 @@ pub fn describe(
     fw_cfg.set(fw_cfg::key::NOGRAPHIC, &1u16.to_le_bytes());
     fw_cfg.add_file("etc/e820", boot::ram_for_firmware(memory))?;
     fw_cfg.add_file("etc/system-states", SYSTEM_STATES.to_vec())?;
-    // SeaBIOS has its text screen on this port, for there is no other.
+    // SeaBIOS has its text screen on this port, beside a display's.
     fw_cfg.add_file("etc/sercon-port", serial::COM1.start.to_le_bytes().to_vec())?;
+    if let (Display::Vga, Boot::Firmware(Firmware { vga: Some(driver), .. })) = (config.display, &config.boot)
+    {
+        let bytes = std::fs::read(driver).map_err(|source| Error::Host { what: "the VGA BIOS", source })?;
+        fw_cfg.add_file(VGA_BIOS, bytes)?;
+    }
     let order: String = disks.iter().map(|path| format!("{path}\n")).collect();
     fw_cfg.add_file("bootorder", [order.as_bytes(), b"\0"].concat())?;
     let (tables, entry) = boot::smbios::for_firmware(memory, config.cpus);
     fw_cfg.add_file("etc/smbios/smbios-tables", tables)?;
     fw_cfg.add_file("etc/smbios/smbios-anchor", entry)?;
     // Firmware reads these when it has found and placed the PCI devices.
-    let cpus = config.cpus;
+    let found = acpi(config);
     type Part = fn(ForFirmware) -> Vec<u8>;
     let files: [(&str, Part); 3] = [
         (boot::acpi::TABLES, |f| f.tables),
@@ -99,8 +107,10 @@ pub fn describe(
         (boot::acpi::LOADER, |f| f.loader),
     ];
     for (name, part) in files {
-        let host = host.clone();
-        fw_cfg.add_made_file(name, move || part(boot::acpi::build(&acpi_now(cpus, &host)).for_firmware()))?;
+        let (host, found) = (host.clone(), found.clone());
+        fw_cfg.add_made_file(name, move || {
+            part(boot::acpi::build(&acpi_now(found.clone(), &host)).for_firmware())
+        })?;
     }
     Ok(())
 }

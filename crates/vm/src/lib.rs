@@ -20,12 +20,15 @@ use std::time::{Duration, Instant};
 use machine::cpu::Stats;
 
 pub use boot::is_disk;
-pub use config::{Balloon, Boot, Choice, Config, Disk, DiskBus, Firmware, Share, Sockets, Variables};
+pub use config::{
+    Balloon, Boot, Choice, Config, Disk, DiskBus, Display, Firmware, Share, Sockets, Variables,
+};
 pub use console::Console;
 pub use devices::virtio::fs::LONGEST_TAG;
 pub use error::Error;
 pub use machine::Power;
 pub use machine::power::End;
+pub use screens::Screen;
 pub use shares::Share as ShareDirectory;
 pub use x86::cpuid::Model;
 

@@ -84,6 +84,15 @@ fn routing() -> PackageBuilder {
     table
 }
 
+fn keyboard() -> Raw {
+    let ports = [IO::new(0x60, 0x60, 1, 1), IO::new(0x64, 0x64, 1, 1)];
+    device("KBD_", "PNP0303", 0, vec![&ports[0], &ports[1], &Interrupt::new(true, true, false, false, 1)])
+}
+
+fn mouse() -> Raw {
+    device("MOU_", "PNP0F13", 0, vec![&Interrupt::new(true, true, false, false, 12)])
+}
+
 fn pci(config: &Config, aml: &mut Bytes) {
     let hid = Name::new(path("_HID"), &EISAName::new("PNP0A08"));
     let cid = Name::new(path("_CID"), &EISAName::new("PNP0A03"));
@@ -121,7 +130,12 @@ fn pci(config: &Config, aml: &mut Bytes) {
         vec![&IO::new(0x70, 0x70, 1, 8), &Interrupt::new(true, true, false, false, 8)],
     );
     let isa_address = Name::new(path("_ADR"), &0x001f_0000u32);
-    let isa = Device::new(path("ISA_"), vec![&isa_address, &com1, &rtc]);
+    let (keyboard, mouse) = (keyboard(), mouse());
+    let mut behind: Vec<&dyn Aml> = vec![&isa_address, &com1, &rtc];
+    if config.screen {
+        behind.extend([&keyboard as &dyn Aml, &mouse]);
+    }
+    let isa = Device::new(path("ISA_"), behind);
 
     let [uid, seg, bbn] = &numbers;
     let root = Device::new(path("PCI0"), vec![&hid, &cid, uid, seg, bbn, &crs, &prt, &isa]);

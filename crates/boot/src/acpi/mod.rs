@@ -20,6 +20,8 @@ use crate::{Error, at, place};
 pub struct Config {
     /// Number of processors; their APIC ids are 0, 1, ….
     pub cpus: u32,
+    /// Whether there are a VGA, a keyboard and a mouse.
+    pub screen: bool,
     /// I/O ports of the PM block: PM1a event, PM1a control, PM timer (24 bits), GPE0.
     pub pm: Pm,
     /// GSI of system control interrupts.

@@ -84,7 +84,8 @@ fn fadt(config: &Config) -> Blob {
     t.write_u16(96, 0xfff); // no C2
     t.write_u16(98, 0xfff); // no C3
     t.write_u8(108, 0x32); // the RTC's century
-    t.write_u16(109, 1 << 0 | 1 << 2); // legacy devices; no 8042 to drive; no VGA
+    // Legacy devices; an 8042 to drive, or no VGA.
+    t.write_u16(109, 1 << 0 | if config.screen { 1 << 1 } else { 1 << 2 });
     // WBINVD works; C1 on all; sleep button is no fixed one; reset register.
     t.write_u32(112, 1 << 0 | 1 << 2 | 1 << 5 | 1 << 10);
     io(&mut t, 116, 0xcf9, 8);

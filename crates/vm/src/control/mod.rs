@@ -28,6 +28,12 @@ pub enum Request {
     PowerButton,
     /// The end of the VM, at once.
     Stop,
+    /// What the screen shows: [`Answer::Stream`], a PNG file.
+    Screenshot,
+    /// Text to be typed on the keyboard.
+    Type(String),
+    /// Keys to be pressed together, such as `ctrl-alt-delete`.
+    Press(String),
     /// The VM's end: [`Answer::Stream`], which ends then.
     Wait,
     /// A stream to a port of the guest's virtio socket: [`Answer::Stream`].

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use machine::Power;
 use machine::power::End;
+use screens::{Key, Screen};
 
 use super::{Answer, LONGEST_LINE, Memory, PATIENCE, Request, Status};
 use crate::config::{Balloon, Sockets};
@@ -52,6 +53,7 @@ struct Vm {
     sockets: Arc<Sockets>,
     power: Power,
     balloon: Arc<Balloon>,
+    screen: Arc<Screen>,
     clients: AtomicUsize,
 }
 
@@ -92,6 +94,7 @@ impl Server {
         sockets: &Arc<Sockets>,
         balloon: &Arc<Balloon>,
         power: &Power,
+        screen: &Arc<Screen>,
     ) -> io::Result<()> {
         let listener = self.listener.try_clone()?;
         let vm = Arc::new(Vm {
@@ -101,6 +104,7 @@ impl Server {
             sockets: sockets.clone(),
             power: power.clone(),
             balloon: balloon.clone(),
+            screen: screen.clone(),
             clients: AtomicUsize::new(0),
         });
         std::thread::Builder::new().name("control".into()).spawn(move || {
@@ -151,6 +155,14 @@ impl Vm {
             }
             Ok(Request::Socket { port }) => return self.connect(from, port),
             Ok(Request::Memory(target)) => self.memory(target),
+            Ok(Request::Screenshot) => return self.picture(&stream),
+            Ok(Request::Type(text)) => match self.screen.type_text(&text) {
+                typed if typed == text.chars().count() => Answer::Done,
+                typed => Answer::Refused(format!(
+                    "after {typed} characters the guest took no more: it reads no keyboard, or a US keyboard has no such character"
+                )),
+            },
+            Ok(Request::Press(keys)) => self.press(&keys),
             Ok(Request::Console) => return self.show_console(from),
             Ok(Request::Wait) => {
                 say(&stream, &Answer::Stream)?;
@@ -213,6 +225,25 @@ impl Vm {
             free: stats.free,
             available: stats.available,
         })
+    }
+
+    fn picture(&self, stream: &UnixStream) -> io::Result<()> {
+        if !self.screen.has_display() {
+            let why = "this virtual machine has no display; give it one with `lodge run --display vga`";
+            return say(stream, &Answer::Refused(why.into()));
+        }
+        say(stream, &Answer::Stream)?;
+        self.screen.picture().png(stream)
+    }
+
+    fn press(&self, keys: &str) -> Answer {
+        match Key::chord(keys) {
+            Ok(keys) if self.screen.press(&keys) => Answer::Done,
+            Ok(_) => Answer::Refused("the guest reads no keyboard".into()),
+            Err(name) => Answer::Refused(format!(
+                "no key is called \"{name}\"; there are a, 1, enter, esc, f1, ctrl, alt, delete … and chords such as ctrl-alt-delete"
+            )),
+        }
     }
 
     fn show_console(&self, mut from: BufReader<&UnixStream>) -> io::Result<()> {

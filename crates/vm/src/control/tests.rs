@@ -21,7 +21,9 @@ impl Bed {
         let dir = tempfile::Builder::new().prefix(&"d".repeat(150)).tempdir().unwrap();
         let (power, console) = (Power::default(), Arc::new(Console::new(Box::new(std::io::sink()))));
         let server = Server::bind(dir.path(), "one").unwrap();
-        server.serve(status(), &console, &Arc::default(), &Arc::default(), &power).unwrap();
+        server
+            .serve(status(), &console, &Arc::default(), &Arc::default(), &power, &crate::Screen::new())
+            .unwrap();
         Self { dir, power, console, _server: server }
     }
 

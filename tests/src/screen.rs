@@ -1,0 +1,168 @@
+//! What is on a guest's screen: pictures, the text in them, and a viewer of VNC.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use flate2::{Decompress, FlushDecompress};
+
+/// A picture: 0x00RRGGBB, row by row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    /// Pixels of a row.
+    pub width: usize,
+    /// All pixels.
+    pub pixels: Vec<u32>,
+}
+
+impl Picture {
+    /// Reads a PNG file.
+    pub fn read(path: &Path) -> Self {
+        let file = std::io::BufReader::new(std::fs::File::open(path).expect("there is a picture"));
+        let mut reader = png::Decoder::new(file).read_info().expect("it is a PNG");
+        let mut bytes = vec![0; reader.output_buffer_size().expect("it has a size")];
+        let info = reader.next_frame(&mut bytes).expect("it has pixels");
+        assert_eq!((info.color_type, info.bit_depth), (png::ColorType::Rgb, png::BitDepth::Eight));
+        let pixels = bytes.chunks_exact(3).map(|p| u32::from_be_bytes([0, p[0], p[1], p[2]])).collect();
+        Self { width: info.width as usize, pixels }
+    }
+
+    /// Width and height.
+    pub fn size(&self) -> (usize, usize) {
+        (self.width, self.pixels.len() / self.width)
+    }
+
+    /// The text on a screen of 80 by 25 characters of 9 by 16 pixels, read with the font of the VGA BIOS. What is no
+    /// printable character is a space.
+    pub fn text(&self) -> String {
+        assert_eq!(self.size(), (720, 400), "80 by 25 characters");
+        let font = font();
+        let row = |line| (0..80).map(|column| self.character(&font, column, line)).collect::<String>();
+        (0..25).map(|line| row(line).trim_end().to_owned() + "\n").collect()
+    }
+
+    fn character(&self, font: &HashMap<[u8; 16], char>, column: usize, line: usize) -> char {
+        let at = line * 16 * self.width + column * 9;
+        // The ninth column is empty but for lines, so it has the background's colour.
+        let back = self.pixels[at + 8];
+        let glyph: [u8; 16] = std::array::from_fn(|y| {
+            let pixels = &self.pixels[at + y * self.width..][..8];
+            pixels.iter().enumerate().fold(0, |bits, (x, p)| bits | if *p != back { 0x80 >> x } else { 0 })
+        });
+        font.get(&glyph).copied().unwrap_or(' ')
+    }
+}
+
+/// Glyphs of 8 by 16 pixels, from the VGA BIOS: it has them all behind each other, and the second is a face.
+fn font() -> HashMap<[u8; 16], char> {
+    const FACE: [u8; 12] = [0, 0, 0x7e, 0x81, 0xa5, 0x81, 0x81, 0xbd, 0x99, 0x81, 0x81, 0x7e];
+    let files = images::firmware(&images::Options::default(), images::Firmware::Bios, &mut images::Silent);
+    let rom = std::fs::read(files.expect("SeaBIOS").vga.expect("its VGA BIOS")).expect("it can be read");
+    let face = rom.windows(12).position(|bytes| bytes == FACE).expect("a font of 16 rows");
+    let glyphs = rom[face - 16..].chunks_exact(16).map(|rows| <[u8; 16]>::try_from(rows).expect("16 rows"));
+    glyphs.zip(0..128u8).filter(|(_, c)| (b'!'..=b'~').contains(c)).map(|(g, c)| (g, c.into())).collect()
+}
+
+/// A viewer of VNC that sees the screen in one encoding.
+pub struct Viewer {
+    stream: UnixStream,
+    zlib: Decompress,
+    /// What it has seen.
+    pub picture: Picture,
+}
+
+/// Pixels one by one.
+pub const RAW: i32 = 0;
+/// The same, compressed.
+pub const ZLIB: i32 = 6;
+
+impl Viewer {
+    /// Connects to the server at `path`, without a password.
+    pub fn connect(path: &Path, encoding: i32) -> Self {
+        let stream = UnixStream::connect(path).expect("the server listens");
+        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
+        let picture = Picture { width: 1, pixels: vec![0] };
+        let mut this = Self { stream, zlib: Decompress::new(true), picture };
+        assert_eq!(this.take(12), b"RFB 003.008\n");
+        this.send(b"RFB 003.008\n");
+        assert_eq!(this.take(2), [1, 1], "no password");
+        this.send(&[1]);
+        assert_eq!(this.take(4), [0; 4]);
+        this.send(&[1]);
+        let (width, height) = (this.word() as usize, this.word() as usize);
+        this.picture = Picture { width, pixels: vec![0; width * height] };
+        assert_eq!(this.take(16)[..4], [32, 24, 0, 1]);
+        let name = this.word() << 16 | this.word();
+        this.take(name as usize);
+        // It understands another size of the screen.
+        let list: Vec<u8> = [encoding, -223].iter().flat_map(|n| n.to_be_bytes()).collect();
+        this.send(&[&[2, 0, 0, 2][..], &list].concat());
+        this
+    }
+
+    /// Asks for all of the screen, and reads what comes.
+    pub fn look(&mut self) -> &Picture {
+        loop {
+            let resized = self.update();
+            if !resized {
+                return &self.picture;
+            }
+        }
+    }
+
+    /// A key of a keysym goes down and up.
+    pub fn press(&mut self, keysym: u32) {
+        for down in [1, 0] {
+            self.send(&[&[4, down, 0, 0][..], &keysym.to_be_bytes()].concat());
+        }
+    }
+
+    fn update(&mut self) -> bool {
+        self.send(&[3, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        assert_eq!(self.word(), 0, "an update");
+        let mut resized = false;
+        for _ in 0..self.word() {
+            let [x, y, width, height] = std::array::from_fn(|_| self.word() as usize);
+            let encoding = (self.word() << 16 | self.word()) as i32;
+            let bytes = match encoding {
+                RAW => self.take(width * height * 4),
+                ZLIB => {
+                    let length = self.word() << 16 | self.word();
+                    let compressed = self.take(length as usize);
+                    let mut out = Vec::with_capacity(width * height * 4 + 64);
+                    self.zlib.decompress_vec(&compressed, &mut out, FlushDecompress::Sync).expect("zlib");
+                    out
+                }
+                -223 => {
+                    self.picture = Picture { width, pixels: vec![0; width * height] };
+                    resized = true;
+                    continue;
+                }
+                other => panic!("encoding {other} was not asked for"),
+            };
+            let pixels: Vec<u32> =
+                bytes.chunks_exact(4).map(|p| u32::from_le_bytes([p[0], p[1], p[2], 0])).collect();
+            for (row, from) in pixels.chunks_exact(width).enumerate() {
+                self.picture.pixels[(y + row) * self.picture.width + x..][..width].copy_from_slice(from);
+            }
+        }
+        resized
+    }
+
+    fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("the server reads");
+    }
+
+    fn take(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.stream.read_exact(&mut bytes).expect("the server answers");
+        bytes
+    }
+
+    fn word(&mut self) -> u32 {
+        let bytes = self.take(2);
+        u32::from(bytes[0]) << 8 | u32::from(bytes[1])
+    }
+}

@@ -1,0 +1,159 @@
+//! Screens: what guests show is seen by VNC and in pictures, and what is typed there reaches them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use lodge_tests::bootable::{self, ENTRY, Kind};
+use lodge_tests::screen::{Picture, RAW, Viewer, ZLIB};
+use lodge_tests::{Running, Scratch, lodge, start_typing, start_with};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A VM called `vm` with a screen.
+struct Bed {
+    scratch: Scratch,
+    vm: Option<(Running, std::process::ChildStdin)>,
+}
+
+impl Bed {
+    fn start(scratch: Scratch, args: &[&str]) -> Self {
+        let mut bed = Self { scratch, vm: None };
+        let mut command = bed.command(&["run", "--name", "vm", "--vnc"]);
+        command.arg(bed.socket()).args(args).env("LODGE_DATA_DIR", bed.scratch.path());
+        bed.vm = Some(start_typing(&mut command));
+        let patience = Instant::now() + PATIENCE;
+        while !start_with(&mut bed.command(&["ls", "--json"]), "")
+            .wait(PATIENCE)
+            .expect(0)
+            .out
+            .contains("\"vm\"")
+        {
+            assert!(Instant::now() < patience, "it never ran");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        bed
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(lodge());
+        command.env("LODGE_RUNTIME_DIR", self.scratch.path()).args(args);
+        command
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.scratch.path().join("vnc")
+    }
+
+    fn vm(&self) -> &Running {
+        &self.vm.as_ref().expect("it was started").0
+    }
+
+    fn ask(&self, args: &[&str]) {
+        start_with(&mut self.command(args), "").wait(PATIENCE).expect(0);
+    }
+
+    fn screenshot(&self) -> Picture {
+        let file = self.scratch.path().join("screen.png");
+        self.ask(&["screenshot", "vm", file.to_str().expect("a plain name")]);
+        Picture::read(&file)
+    }
+
+    /// Waits for text on the screen.
+    #[track_caller]
+    fn until(&self, what: &str) -> String {
+        let patience = Instant::now() + PATIENCE;
+        loop {
+            // Before the first text mode, and in between, there may be another.
+            let picture = self.screenshot();
+            let text = if picture.size() == (720, 400) { picture.text() } else { String::new() };
+            if text.contains(what) {
+                return text;
+            }
+            assert!(Instant::now() < patience, "{what:?} was never on the screen; there is:\n{text}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn end(mut self) {
+        self.ask(&["stop", "vm", "--force"]);
+        let (vm, _) = self.vm.take().expect("it was started");
+        vm.wait(PATIENCE).expect(130);
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        if let Some((vm, _)) = &mut self.vm {
+            // A test that failed.
+            let _ = vm.child.kill();
+        }
+    }
+}
+
+#[test]
+fn memtest_is_seen_and_hears_keys() {
+    let iso = "/usr/lib/memtest86+/memtest86+x64.iso";
+    if !Path::new(iso).exists() {
+        println!("skipped: the package memtest86+ is not installed");
+        return;
+    }
+    let bed = Bed::start(Scratch::new("memtest"), &["--firmware", "bios", "--memory", "64M", "--cdrom", iso]);
+    let text = bed.until("Status: Testing");
+    assert!(text.contains("Memtest86+ v"), "{text}");
+    assert!(!text.contains("Settings:"), "{text}");
+    // By VNC, in two encodings; something is always changing, so parts that do not are compared.
+    let mut viewers = [RAW, ZLIB].map(|encoding| Viewer::connect(&bed.socket(), encoding));
+    let [plain, compressed] = viewers.each_mut().map(|viewer| viewer.look().clone());
+    assert!(plain.text().contains("<F1> Configuration"), "{}", plain.text());
+    let lines = |picture: &Picture| picture.pixels[720 * 16 * 10..].to_vec();
+    assert!(lines(&plain) == lines(&compressed) && lines(&plain) == lines(&bed.screenshot()));
+    // F1, and in its menu F10, by name.
+    viewers[0].press(0xffbe);
+    let settings = bed.until("Settings:");
+    assert!(settings.contains("<F1>  Test selection"), "{settings}");
+    assert!(viewers[1].look().text().contains("Settings:"));
+    bed.ask(&["key", "vm", "f10"]);
+    let patience = Instant::now() + PATIENCE;
+    while bed.screenshot().text().contains("Settings:") {
+        assert!(Instant::now() < patience, "the menu never went");
+    }
+    bed.end();
+}
+
+#[test]
+fn a_menu_is_on_both_consoles_and_linux_finds_keyboard_and_mouse() {
+    let scratch = Scratch::new("keyboard");
+    let script = "cat /proc/bus/input/devices | grep -e Name -e Handlers\n\
+                  read line </dev/tty1; echo \"typed: $line\"\n";
+    let Some(disk) = bootable::disk(&scratch, Kind::Bios, script, &[]) else { return };
+    let bed = Bed::start(scratch, &[disk.to_str().expect("a plain name")]);
+    bed.until(ENTRY);
+    // Any key stops the clock, Enter starts what is chosen.
+    bed.ask(&["key", "vm", "down", "enter"]);
+    bed.vm().line("AT Translated Set 2 keyboard", PATIENCE);
+    bed.ask(&["type", "vm", "Hello, World! {42}\n"]);
+    bed.vm().line("typed: Hello, World! {42}", PATIENCE);
+    let mut bed = bed;
+    let (vm, _keyboard) = bed.vm.take().expect("it was started");
+    let done = vm.wait(PATIENCE).expect(0);
+    assert!(done.text().contains(ENTRY), "the menu was on the serial port, too: {}", done.out);
+}
+
+#[test]
+fn mistakes_are_told() {
+    let scratch = Scratch::new("screens-errors");
+    let empty = scratch.file("password", b"\n");
+    let empty = empty.to_str().expect("a plain name");
+    for (args, part) in [
+        (&["run", "--vnc", "0.0.0.0"][..], "need a password"),
+        (&["run", "--vnc", "here"][..], "give an IP address"),
+        (&["run", "--vnc", "127.0.0.1", "--vnc-password-file", empty][..], "is empty"),
+        (&["run", "--vnc-password-file", "x"][..], "--vnc"),
+    ] {
+        let mut command = Command::new(lodge());
+        command.env("LODGE_RUNTIME_DIR", scratch.path()).args(args);
+        let done = start_with(&mut command, "").wait(PATIENCE).expect(2);
+        assert!(done.err.contains(part), "{}", done.err);
+    }
+}
