@@ -24,6 +24,8 @@ Examples:
   lodge run debian:12 --name web --user ada a Debian 12 that stays, with a user of that name
   lodge run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'
   echo 'cat /proc/cpuinfo' | lodge run | grep 'model name'
+  lodge run ubuntu --name u --user ada      a cloud image, fetched on first use
+  lodge run docker:alpine                   an OCI image's command, in a machine of its own
   lodge run disk.qcow2                      a disk, by its own boot loader
   lodge run disk.qcow2 --firmware uefi --name web
   lodge run --gdb 127.0.0.1:1234            then, in gdb: target remote :1234";
@@ -90,7 +92,7 @@ pub enum Command {
                             lodge memory web 512M     it is to use no more, as far as it can"
     )]
     Memory(Memory),
-    /// List, describe and remove the whole systems that were made
+    /// Fetch images of whole systems; list, describe and remove those that were fetched or made
     #[command(subcommand)]
     Image(Image),
     /// Print shell completions
@@ -111,9 +113,16 @@ pub enum Command {
 /// `lodge image`.
 #[derive(Debug, Subcommand)]
 pub enum Image {
-    /// List them, with the space that they take
+    /// Fetch one: from the catalogue, or by its URL. A fetch that was broken off goes on where it was
+    #[command(
+        after_help = "Examples:\n  lodge image pull ubuntu\n  lodge image pull https://example.org/disk.qcow2 --name mine"
+    )]
+    Pull(Pull),
+    /// List what can be fetched by name: the catalogue
+    Catalogue,
+    /// List those that were fetched or made, with the space that they take
     Ls,
-    /// Print what is in one: its packages and their versions
+    /// Print what one is: where it comes from, its packages and their versions
     Inspect {
         /// Its name, as `lodge image ls` shows it
         name: String,
@@ -210,6 +219,26 @@ pub struct Memory {
     pub json: bool,
 }
 
+/// `lodge image pull`.
+#[derive(Debug, Args)]
+pub struct Pull {
+    /// A name in the catalogue, such as `ubuntu:24.04` or `ubuntu` (the newest), or the URL of a qcow2 or raw image, perhaps
+    /// compressed (.xz, .gz, .zst)
+    pub what: String,
+    /// What to call it [default: as in the catalogue, or after the URL]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Its SHA-256 [default: what the catalogue says, or a file of checksums beside it]
+    #[arg(long, value_name = "HEX", conflicts_with = "unverified")]
+    pub sha256: Option<String>,
+    /// Take it without a checksum
+    #[arg(long)]
+    pub unverified: bool,
+    /// What starts it: `bios` or `uefi` [default: as in the catalogue, else bios]
+    #[arg(long, value_name = "bios|uefi", value_parser = crate::firmware::parse_known)]
+    pub firmware: Option<images::Firmware>,
+}
+
 /// `lodge host`.
 #[derive(Debug, Args)]
 pub struct Host {
@@ -265,7 +294,8 @@ pub enum Cpu {
 #[derive(Debug, Args)]
 pub struct Run {
     /// The guest: `debian` (a whole Debian 13; `debian:12` and `debian:13` choose), `tiny` (a Debian kernel and a shell; also
-    /// `tiny:SUITE` and `tiny:i386`), a disk image to boot from, or a kernel file
+    /// `tiny:SUITE` and `tiny:i386`), one of the catalogue (`lodge image catalogue`) or that was fetched, an OCI image
+    /// (`oci:REGISTRY/NAME:TAG`, `docker:NAME`), a disk image to boot from, or a kernel file
     pub image: Option<String>,
 
     /// What to call the virtual machine. One of a whole system is kept under this name, and starts again with `--name N` alone;

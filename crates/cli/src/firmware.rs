@@ -31,9 +31,18 @@ pub fn parse(text: &str) -> Result<Which, String> {
     })
 }
 
+/// Reads `bios` or `uefi`.
+pub fn parse_known(text: &str) -> Result<images::Firmware, String> {
+    match parse(text) {
+        Ok(Which::Known(known)) => Ok(known),
+        _ => Err("give bios or uefi".into()),
+    }
+}
+
 /// Gets the firmware, and its variables if it has any.
-pub fn open(args: &Run, mirror: Option<String>) -> anyhow::Result<Firmware> {
-    let which = args.firmware.clone().unwrap_or(Which::Known(images::Firmware::Bios));
+/// `known` is what the image itself wants, if it is known.
+pub fn open(args: &Run, known: Option<images::Firmware>, mirror: Option<String>) -> anyhow::Result<Firmware> {
+    let which = args.firmware.clone().unwrap_or(Which::Known(known.unwrap_or_default()));
     let (code, template, vga) = match which {
         Which::File(path) => (path, None, None),
         Which::Known(known) => {

@@ -2,6 +2,13 @@
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+/// A step of so many bytes.
+const KNOWN: &str = "{msg:40!} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12}";
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
 /// Shows each step as a bar on standard error, where that is a terminal.
 #[derive(Default)]
 pub struct Bars(Option<ProgressBar>);
@@ -12,7 +19,7 @@ impl images::Progress for Bars {
             what,
             total,
             match total {
-                Some(_) => "{msg:40!} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12}",
+                Some(_) => KNOWN,
                 None => "{msg:40!} {spinner} {bytes:>10}",
             },
         );
@@ -20,6 +27,13 @@ impl images::Progress for Bars {
 
     fn begin_count(&mut self, what: &str, total: u64) {
         self.show(what, Some(total), "{msg:40!} {bar:30} {pos:>10}/{len:<10} {elapsed:>12}");
+    }
+
+    fn total(&mut self, bytes: u64) {
+        if let Some(bar) = &self.0 {
+            bar.set_length(bytes);
+            bar.set_style(style(KNOWN));
+        }
     }
 
     fn advance(&mut self, bytes: u64) {
@@ -38,9 +52,7 @@ impl images::Progress for Bars {
 impl Bars {
     fn show(&mut self, what: &str, total: Option<u64>, template: &str) {
         let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
+        bar.set_style(style(template));
         bar.set_message(what.to_string());
         bar.enable_steady_tick(std::time::Duration::from_millis(200));
         self.0 = Some(bar);

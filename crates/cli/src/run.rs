@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
+use systems::Start;
 use vm::control::Status;
 use vm::{Boot, Choice, Config, Console, End, Model, Vm};
 
@@ -216,21 +217,28 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         Engine::Translate => Choice::Translate,
     };
     let system = system::instance(args, file.mirror.as_deref(), engine)?;
+    let whole = system.is_some();
+    let disk = boot_disk(args, whole)?;
+    let (mut boot, mut disks) = match (system, &args.firmware, &disk) {
+        (Some(system), None, _) => match system.start {
+            Start::Kernel(boot) => (boot, system.disks),
+            Start::Firmware(known) => {
+                let mirror = args.mirror.clone().or_else(|| file.mirror.clone());
+                (Boot::Firmware(crate::firmware::open(args, Some(known), mirror)?), system.disks)
+            }
+        },
+        (None, None, None) => (kernel(args, file.mirror.as_deref())?, Vec::new()),
+        (system, ..) => {
+            let firmware = crate::firmware::open(args, None, args.mirror.clone().or_else(|| file.mirror.clone()))?;
+            (Boot::Firmware(firmware), system.map_or_else(Vec::new, |system| system.disks))
+        }
+    };
     let memory = match (args.memory, &file.memory) {
         (Some(bytes), _) => bytes,
         (None, Some(text)) => crate::args::parse_size(text)
             .map_err(|e| Usage(format!("the configuration file's memory, \"{text}\", is no size: {e}")))?,
-        (None, None) if system.is_some() => 1 << 30,
-        (None, None) => 512 << 20,
-    };
-    let disk = boot_disk(args, system.is_some())?;
-    let (mut boot, mut disks) = match (system, &args.firmware, &disk) {
-        (Some(system), None, _) => (system.boot, system.disks),
-        (None, None, None) => (kernel(args, file.mirror.as_deref())?, Vec::new()),
-        (system, ..) => {
-            let firmware = crate::firmware::open(args, args.mirror.clone().or(file.mirror))?;
-            (Boot::Firmware(firmware), system.map_or_else(Vec::new, |system| system.disks))
-        }
+        (None, None) if whole => 1 << 30,
+        (None, None) => room_for(&boot),
     };
     if let (Terminal::Virtio, Boot::Kernel { cmdline, .. }) = (args.console, &mut boot)
         && !cmdline.contains("console=hvc")
@@ -302,6 +310,9 @@ fn kernel(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
         mirror: args.mirror.clone().or_else(|| mirror.map(Into::into)),
         ..images::Options::default()
     };
+    if let Some(reference) = images::oci::Reference::parse(image) {
+        return oci(args, &reference.map_err(images::Error::from)?, &options);
+    }
     match image.split_once(':') {
         None if image == "tiny" => {}
         Some(("tiny", "i386")) => options.arch = "i386".into(),
@@ -317,8 +328,8 @@ fn kernel(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
         _ => {
             return Err(anyhow::Error::new(Usage(format!("there is no image called {image}"))).context(
                 Help(
-                    "images are: debian, debian:12, debian:13, tiny, tiny:SUITE (such as tiny:trixie), tiny:i386, a disk image, \
-                     or a kernel file"
+                    "images are: debian, debian:12, debian:13, tiny, tiny:SUITE (such as tiny:trixie), tiny:i386, what \
+                     `lodge image ls` and `lodge image catalogue` show, oci:REGISTRY/NAME:TAG, a disk image, or a kernel file"
                         .into(),
                 ),
             ));
@@ -338,6 +349,19 @@ fn kernel(args: &Run, mirror: Option<&str>) -> anyhow::Result<Boot> {
     }
     let initrd = if args.initrd.is_empty() { vec![guest.initrd] } else { args.initrd.clone() };
     Ok(Boot::Kernel { kernel: guest.kernel, initrd, cmdline })
+}
+
+/// An OCI image's command, in a guest of its own.
+fn oci(args: &Run, reference: &images::oci::Reference, options: &images::Options) -> anyhow::Result<Boot> {
+    let guest = images::oci::oci_guest(reference, options, &mut Bars::default())?;
+    if std::io::stderr().is_terminal() || !guest.cached {
+        eprintln!("{}", guest.description);
+    }
+    let mut cmdline = guest.cmdline;
+    if let Some(more) = &args.cmdline {
+        cmdline = format!("{cmdline} {more}");
+    }
+    Ok(Boot::Kernel { kernel: guest.kernel, initrd: vec![guest.initrd], cmdline })
 }
 
 fn print_stats(report: &vm::Report, prepared: std::time::Duration, total: std::time::Duration) {

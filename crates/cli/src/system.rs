@@ -1,34 +1,21 @@
 //! Whole systems: which one `lodge run` means, and what it is told at its first start.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use systems::{Instance, Release, Settings};
+use systems::{Instance, Origin, Release, Settings, Start};
 
 use crate::args::Run;
 use crate::progress::Bars;
 use crate::report::{Help, Usage};
 
-/// The whole system that is asked for, if it is one: made if need be, ready to start.
+/// The whole system that is asked for, if it is one: made or fetched if need be, ready to start.
 pub fn instance(args: &Run, mirror: Option<&str>, engine: vm::Choice) -> anyhow::Result<Option<Instance>> {
-    if args.kernel.is_some() {
-        return Ok(None);
-    }
-    let release = match args.image.as_deref().map(|image| image.split_once(':').unwrap_or((image, ""))) {
-        Some(("debian", which)) => {
-            let which = Some(which).filter(|which| !which.is_empty());
-            Some(Release::parse(which).ok_or_else(|| unknown(which.unwrap_or_default()))?)
-        }
-        Some(_) => None,
-        None => None,
-    };
+    let Some(wish) = wish(args)? else { return Ok(None) };
     let shares: Vec<String> = args.share.iter().map(|share| share.tag.clone()).collect();
     // A VM that has a name needs nothing else to be started again.
-    let known = match &args.name {
-        Some(name) if release.is_some() || args.image.is_none() => Instance::find(name, &shares)?,
-        _ => None,
-    };
+    let known = args.name.as_deref().map(|name| Instance::find(name, &shares)).transpose()?.flatten();
     if let Some(mut known) = known {
         if args.hostname.is_some()
             || args.user.is_some()
@@ -39,25 +26,86 @@ pub fn instance(args: &Run, mirror: Option<&str>, engine: vm::Choice) -> anyhow:
             let path = systems::data_dir()?.join("vms").join(&name);
             return Err(systems::Error::Settled { name, path }.into());
         }
-        add(&mut known, args);
+        add(&mut known, args)?;
         return Ok(Some(known));
     }
-    let Some(release) = release else { return Ok(None) };
-    let settings = settings(args)?;
     let options = images::Options {
         mirror: args.mirror.clone().or_else(|| mirror.map(Into::into)),
         ..images::Options::default()
     };
-    let base = systems::debian(release, &options, engine, &mut Bars::default())?;
-    if std::io::stderr().is_terminal() || !base.cached {
-        eprintln!("{}", base.description);
-    }
-    let mut made = match &args.name {
-        Some(name) => Instance::create(name, &base, &settings, &shares)?,
-        None => Instance::throw_away(&base, &settings, &shares)?,
+    let mut made = match wish {
+        Wish::Known => return Ok(None),
+        Wish::Debian(release) => {
+            let settings = settings(args)?;
+            let base = systems::debian(release, &options, engine, &mut Bars::default())?;
+            if std::io::stderr().is_terminal() || !base.cached {
+                eprintln!("{}", base.description);
+            }
+            make(args, Origin::Base(&base), &settings, &shares)?
+        }
+        Wish::Image(name) => {
+            let mut settings = settings(args)?;
+            let image = crate::image::find_or_pull(&name, &options)?;
+            let user = args.user.as_deref().or(image.about.user.as_deref());
+            if let Some(user) = user.filter(|_| std::io::stderr().is_terminal()) {
+                let password = password()?;
+                eprintln!("{}: log in as {user}, password {password} (on the console)", image.about.title);
+                settings.password = Some(password);
+            }
+            make(args, Origin::Pulled(&image), &settings, &shares)?
+        }
     };
-    add(&mut made, args);
+    add(&mut made, args)?;
     Ok(Some(made))
+}
+
+/// Which whole system is meant.
+enum Wish {
+    /// The one that a VM has.
+    Known,
+    Debian(Release),
+    /// One in the cache or in the catalogue.
+    Image(String),
+}
+
+fn wish(args: &Run) -> anyhow::Result<Option<Wish>> {
+    if args.kernel.is_some() {
+        return Ok(None);
+    }
+    let Some(image) = args.image.as_deref() else {
+        return Ok(Some(Wish::Known));
+    };
+    match image.split_once(':').unwrap_or((image, "")) {
+        ("debian", "") => return Ok(Release::parse(None).map(Wish::Debian)),
+        ("debian", which) => {
+            return Ok(Some(Wish::Debian(Release::parse(Some(which)).ok_or_else(|| unknown(which))?)));
+        }
+        _ => {}
+    }
+    // A file goes before a name.
+    let named = !Path::new(image).exists() && crate::image::is_known(image)?;
+    Ok(named.then(|| Wish::Image(image.to_owned())))
+}
+
+fn make(
+    args: &Run,
+    origin: Origin<'_>,
+    settings: &Settings,
+    shares: &[String],
+) -> Result<Instance, systems::Error> {
+    match &args.name {
+        Some(name) => Instance::create(name, origin, settings, shares),
+        None => Instance::throw_away(origin, settings, shares),
+    }
+}
+
+/// Twelve letters and digits, none like another.
+fn password() -> anyhow::Result<String> {
+    const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+    let mut bytes = [0; 12];
+    let random = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    random.context("the host gives no random numbers")?;
+    Ok(bytes.iter().map(|byte| char::from(LETTERS[usize::from(byte % 32)])).collect())
 }
 
 fn unknown(which: &str) -> anyhow::Error {
@@ -66,10 +114,18 @@ fn unknown(which: &str) -> anyhow::Error {
 }
 
 /// Adds what the user adds to the kernel's command line.
-fn add(instance: &mut Instance, args: &Run) {
-    if let (vm::Boot::Kernel { cmdline, .. }, Some(more)) = (&mut instance.boot, &args.cmdline) {
-        *cmdline = format!("{cmdline} {more}");
+fn add(instance: &mut Instance, args: &Run) -> anyhow::Result<()> {
+    match (&mut instance.start, &args.cmdline) {
+        (Start::Kernel(vm::Boot::Kernel { cmdline, .. }), Some(more)) => {
+            *cmdline = format!("{cmdline} {more}")
+        }
+        (Start::Firmware(_), Some(_)) => {
+            return Err(anyhow::Error::new(Usage("the image's own boot loader loads its kernel".into()))
+                .context(Help("leave --cmdline away, or start a kernel with --kernel".into())));
+        }
+        _ => {}
     }
+    Ok(())
 }
 
 fn settings(args: &Run) -> anyhow::Result<Settings> {
@@ -92,6 +148,7 @@ fn settings(args: &Run) -> anyhow::Result<Settings> {
         user: args.user.clone(),
         ssh_keys,
         commands: args.runcmd.clone(),
+        password: None,
     })
 }
 

@@ -62,6 +62,15 @@ pub enum Error {
         /// What the backing file looks like.
         format: Format,
     },
+    /// An image from elsewhere names a file of this host.
+    #[error("the disk image {} lies over {}, and could so read files of this host; if you trust it, name its file instead of \
+        pulling it", path.display(), other.display())]
+    NotAlone {
+        /// The image.
+        path: PathBuf,
+        /// What it names.
+        other: PathBuf,
+    },
     /// A write to a disk that was opened read-only.
     #[error("the disk image {} is open read-only; open it for writing, or put an overlay over it", path.display())]
     ReadOnly {

@@ -24,8 +24,9 @@
 //! look like another format (as QEMU does); name the format to allow them. A backing file whose format the overlay does not
 //! record must be raw.
 //!
-//! An image made by a stranger may name any file of the host as its backing file: open such images only if you trust who made
-//! them. Extents of a VMDK are taken from its own folder alone.
+//! An image made by a stranger may name any file of the host as its backing file, and a VM would hand that file's contents to the
+//! guest. So images that are fetched are opened once by [`Disk::open_alone`], which refuses them if they name others. An image
+//! that the user names is believed. Extents of a VMDK are taken from its own folder alone.
 
 // Not `forbid`, for the signatures of a trait of imago's (see `file`).
 #![deny(unsafe_code)]
@@ -162,6 +163,21 @@ impl Disk {
             store,
             _locks: chain.locks,
         })
+    }
+
+    /// Opens an image of a stranger's to read it: one that names another file, whose contents it could so get hold of, is refused.
+    pub fn open_alone(path: &Path) -> Result<Disk, Error> {
+        let mut chain = chain::Chain::default();
+        let image = chain::Image::open(path, None, false, &mut chain.locks)?;
+        let other = match image.format {
+            Format::Raw => None,
+            Format::Qcow2 => qcow2::check(&image)?.backing.map(|backing| backing.name),
+            Format::Vmdk => Some("other files, as VMDK images do".into()),
+        };
+        match other {
+            Some(other) => Err(Error::NotAlone { path: path.to_owned(), other }),
+            None => Disk::open(path, &Options { format: Some(image.format), read_only: true }),
+        }
     }
 
     /// The size of the disk, in bytes; not always a multiple of a sector.

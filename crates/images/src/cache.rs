@@ -76,6 +76,11 @@ impl Cache {
         self.dir.join("systems")
     }
 
+    /// Where images are kept that were fetched as they are.
+    pub fn images(&self) -> PathBuf {
+        self.dir.join("images")
+    }
+
     /// The record `key`, if there is a sound one.
     pub(crate) fn record<T: DeserializeOwned>(&self, key: &str) -> Option<T> {
         let mut bytes = Vec::new();
@@ -97,7 +102,7 @@ impl Cache {
 
     /// Waits until no other process fetches into this cache.
     pub fn lock(&self, progress: &mut dyn Progress) -> Result<Lock, Error> {
-        for dir in ["partial", "files", "records", "systems"] {
+        for dir in ["partial", "files", "records", "systems", "images"] {
             let dir = self.dir.join(dir);
             fs::create_dir_all(&dir).map_err(Error::cache(&dir))?;
         }

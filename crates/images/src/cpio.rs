@@ -16,6 +16,25 @@ const SYMLINK: u32 = 0o120000;
 /// The bits of a mode that are permissions, set-user-ID, set-group-ID and sticky.
 const PERMISSIONS: u32 = 0o7777;
 
+/// What a general entry says beside its path and its mode.
+#[derive(Debug, Clone, Copy)]
+pub struct Inode {
+    /// User and group.
+    pub owner: (u32, u32),
+    /// Of a device: major and minor number.
+    pub device: (u32, u32),
+    /// How many names the file has. Those after the first come without its contents.
+    pub links: u32,
+    /// The number of the file that this is another name of.
+    pub number: Option<u32>,
+}
+
+impl Default for Inode {
+    fn default() -> Self {
+        Self { owner: (0, 0), device: (0, 0), links: 1, number: None }
+    }
+}
+
 /// Builds an archive entry by entry; everything belongs to root and bears no time, so equal input gives equal bytes.
 ///
 /// Paths are relative to the root directory of the guest (a leading `/` is dropped). Missing parent directories are
@@ -63,6 +82,15 @@ impl Cpio {
         self
     }
 
+    /// Adds an entry of any kind: `mode` has the type's bits, too. Gives the number of the file.
+    pub fn inode(&mut self, path: &str, mode: u32, inode: Inode, contents: &[u8]) -> u32 {
+        let path = self.parents(path);
+        if mode & 0o170000 == DIRECTORY {
+            self.directories.insert(path.clone());
+        }
+        self.general(&path, mode, inode, contents)
+    }
+
     /// The archive's bytes, uncompressed: what costs a guest the least to unpack.
     pub fn finish(mut self) -> Vec<u8> {
         self.entries = 0; // The trailer has no inode of its own.
@@ -89,16 +117,21 @@ impl Cpio {
         path.to_owned()
     }
 
-    fn entry(&mut self, path: &str, mode: u32, (major, minor): (u32, u32), data: &[u8]) {
+    fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), data: &[u8]) {
+        self.general(path, mode, Inode { device, ..Inode::default() }, data);
+    }
+
+    fn general(&mut self, path: &str, mode: u32, inode: Inode, data: &[u8]) -> u32 {
         let data = &data[..data.len().min(u32::MAX as usize)];
-        let inode = self.entries;
+        let Inode { owner: (uid, gid), device: (major, minor), links, number } = inode;
+        let number = number.unwrap_or(self.entries);
         self.entries = self.entries.wrapping_add(1);
-        let links = if mode & DIRECTORY == DIRECTORY { 2 } else { 1 };
+        let links = if mode & 0o170000 == DIRECTORY { 2 } else { links };
         let name_size = path.len() as u32 + 1;
         self.bytes.extend_from_slice(b"070701");
         // inode, mode, uid, gid, links, mtime, size, device (major, minor), node (major, minor), name size, checksum
         let size = data.len() as u32;
-        for field in [inode, mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0] {
+        for field in [number, mode, uid, gid, links, 0, size, 0, 0, major, minor, name_size, 0] {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
         }
         self.bytes.extend_from_slice(path.as_bytes());
@@ -106,6 +139,7 @@ impl Cpio {
         self.pad();
         self.bytes.extend_from_slice(data);
         self.pad();
+        number
     }
 
     fn pad(&mut self) {

@@ -3,10 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::catalogue::CatalogueError;
 use crate::deb::DebError;
 use crate::fetch::FetchError;
 use crate::kernel::UnpackError;
+use crate::oci::OciError;
 use crate::openpgp::SignatureError;
+use crate::pull::PullError;
 
 /// Why there is no guest.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +32,15 @@ pub enum Error {
     /// Something could not be downloaded.
     #[error(transparent)]
     Fetch(#[from] FetchError),
+    /// An image could not be had.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// An OCI image cannot be had or used.
+    #[error(transparent)]
+    Oci(#[from] OciError),
+    /// The catalogue of images cannot be used.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
     /// The archive's index is not signed by a key that this host trusts.
     #[error(
         "the archive {url} cannot be trusted, because {source}; check the mirror, and that the keyring is up to date \

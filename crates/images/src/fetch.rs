@@ -4,6 +4,7 @@
 mod forward;
 mod http;
 mod proxy;
+mod resume;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -16,6 +17,7 @@ use crate::apt::AptConf;
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::release::Expected;
+use http::Ask;
 pub use proxy::Proxies;
 
 /// Why a file could not be had.
@@ -88,6 +90,12 @@ pub enum FetchError {
         /// What was asked for.
         url: String,
     },
+    /// The server has another version than the one that was begun.
+    #[error("{url} changes while it is fetched; try again later")]
+    Changed {
+        /// What was asked for.
+        url: String,
+    },
     /// Not a URL that we can read.
     #[error("{url} is not a URL of the kind http://, https:// or file:; correct it")]
     BadUrl {
@@ -102,6 +110,7 @@ impl FetchError {
         match self {
             Self::Connection { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 416 | 429 | 500..=599),
+            Self::Changed { .. } => true,
             _ => false,
         }
     }
@@ -112,6 +121,8 @@ struct Stream {
     reader: Box<dyn Read>,
     offset: u64,
     size: Option<u64>,
+    /// What tells this version of the file from others: a strong ETag, or a date (RFC 9110, section 8.8).
+    version: Option<String>,
 }
 
 /// Gets files.
@@ -136,9 +147,18 @@ impl Fetcher {
 
     /// Gets a small file, of at most `limit` bytes, whole.
     pub fn small(&self, url: &str, limit: u64) -> Result<Vec<u8>, FetchError> {
+        self.small_as(url, limit, None)
+    }
+
+    /// The same, in one of the forms that `accept` names.
+    pub fn small_as(&self, url: &str, limit: u64, accept: Option<&str>) -> Result<Vec<u8>, FetchError> {
         let attempt = || {
             let mut bytes = Vec::new();
-            let read = self.open(url, 0)?.reader.take(limit + 1).read_to_end(&mut bytes);
+            let read = self
+                .open(url, &Ask { accept, ..Ask::default() })?
+                .reader
+                .take(limit + 1)
+                .read_to_end(&mut bytes);
             read.map_err(|error| FetchError::Connection { url: url.to_owned(), reason: error.to_string() })?;
             match bytes.len() as u64 > limit {
                 true => Err(FetchError::TooLarge { url: url.to_owned(), limit }),
@@ -209,7 +229,7 @@ impl Fetcher {
         if at == size && size > 0 {
             return Ok(());
         }
-        let mut stream = self.open(url, at)?;
+        let mut stream = self.open(url, &Ask { offset: at, ..Ask::default() })?;
         if let Some(other) = stream.size.filter(|other| *other != size) {
             restart(file, path)?;
             return Err(FetchError::WrongSize { url: url.to_owned(), size: other, expected: size }.into());
@@ -239,13 +259,13 @@ impl Fetcher {
         }
     }
 
-    /// Opens `url` at `offset`, or at its beginning where the server cannot do otherwise.
-    fn open(&self, url: &str, offset: u64) -> Result<Stream, FetchError> {
+    /// Opens `url` where it is asked for, or at its beginning where the server cannot do otherwise.
+    fn open(&self, url: &str, ask: &Ask) -> Result<Stream, FetchError> {
         if let Some(path) = url.strip_prefix("file:") {
-            return open_local(url, path, offset);
+            return open_local(url, path, ask.offset);
         }
         if url.starts_with("http://") || url.starts_with("https://") {
-            return self.http.get(url, offset);
+            return self.http.get(url, ask);
         }
         Err(FetchError::BadUrl { url: url.to_owned() })
     }
@@ -270,6 +290,9 @@ struct Target<'a> {
 }
 
 fn restart(file: &mut File, path: &Path) -> Result<u64, Error> {
+    if file.metadata().is_ok_and(|about| about.len() == 0) {
+        return file.seek(SeekFrom::Start(0)).map_err(Error::cache(path));
+    }
     file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(Error::cache(path))
 }
 
@@ -281,9 +304,10 @@ fn open_local(url: &str, path: &str, offset: u64) -> Result<Stream, FetchError> 
         _ => FetchError::Connection { url: url.to_owned(), reason: error.to_string() },
     };
     let mut file = File::open(PathBuf::from(path)).map_err(failed)?;
-    let size = file.metadata().map_err(failed)?.len();
+    let about = file.metadata().map_err(failed)?;
     file.seek(SeekFrom::Start(offset)).map_err(failed)?;
-    Ok(Stream { reader: Box::new(file), offset, size: Some(size) })
+    let version = about.modified().map(|time| format!("{time:?}")).ok();
+    Ok(Stream { reader: Box::new(file), offset, size: Some(about.len()), version })
 }
 
 /// The SHA-256 of all that `input` gives from its beginning, in hexadecimal.
@@ -304,6 +328,6 @@ pub fn sha256(bytes: &[u8]) -> String {
     hexadecimal(&Sha256::digest(bytes))
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

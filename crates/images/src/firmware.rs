@@ -2,15 +2,19 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Options;
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::source::Source;
 
 /// Which firmware.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Firmware {
     /// SeaBIOS, a BIOS.
+    #[default]
     Bios,
     /// OVMF, a UEFI.
     Uefi,

@@ -16,6 +16,7 @@ pub mod apt;
 mod archive;
 mod bundle;
 mod cache;
+mod catalogue;
 pub mod cpio;
 pub mod deb;
 mod deb822;
@@ -27,9 +28,11 @@ mod firmware;
 pub mod fuzzing;
 mod guest;
 pub mod kernel;
+pub mod oci;
 mod openpgp;
 mod packages;
 mod progress;
+mod pull;
 mod release;
 mod resolve;
 mod source;
@@ -40,12 +43,14 @@ use std::time::Duration;
 
 pub use bundle::Bundle;
 pub use cache::{Cache, Lock};
+pub use catalogue::{Catalogue, CatalogueError, Entry, is_name};
 pub use error::Error;
 pub use fetch::{FetchError, sha256};
 pub use firmware::{Firmware, FirmwareFiles, firmware};
 pub use guest::{Guest, VIRTIO_MODULES, default_guest, initramfs, unpacked_kernel};
 pub use openpgp::SignatureError;
 pub use progress::{Progress, Silent};
+pub use pull::{Check, PullError, Pulled, pull};
 pub use source::{PackageFile, PackageFiles, Source};
 
 /// Which guest, and where from. The default is what `lodge run` starts without any option.

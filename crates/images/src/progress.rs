@@ -8,6 +8,8 @@ pub trait Progress {
     fn begin_count(&mut self, what: &str, total: u64) {
         self.begin(what, Some(total));
     }
+    /// It is known by now that the step takes so many bytes.
+    fn total(&mut self, _bytes: u64) {}
     /// So many bytes more are done.
     fn advance(&mut self, bytes: u64);
     /// The step has ended, well or not.

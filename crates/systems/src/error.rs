@@ -25,6 +25,8 @@ pub enum Error {
     Layout { path: PathBuf, reason: String },
     #[error("\"{0}\" is no name for a virtual machine; use letters, digits, - and _, at most 63")]
     Name(String),
+    #[error("\"{0}\" is no name for an image; use letters, digits, -, _ and ., with at most one : in it")]
+    ImageName(String),
     #[error("\"{0}\" is no name for a user; use small letters, digits, - and _, at most 32, a letter first")]
     User(String),
     #[error(

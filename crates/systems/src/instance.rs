@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! vms/NAME/base.qcow2, vmlinuz, initrd.img   the base's, as further names of its files
+//! vms/NAME/base.img                          or that of an image that was fetched
 //! vms/NAME/disk.qcow2                        the overlay: all that the VM has written
 //! vms/NAME/seed.img                          name, user, keys; made anew at every start, for shares and our agent
 //! vms/NAME/vm.json                           what else is to be known
@@ -20,7 +21,8 @@ use serde::{Deserialize, Serialize};
 use crate::Error;
 use crate::base::Base;
 use crate::build::{INITRD, KERNEL};
-use crate::seed::{self, Settings, is_name};
+use crate::pulled::Pulled;
+use crate::seed::{self, Form, Settings, is_name};
 
 /// What makes a directory that of a VM with a system of ours.
 const ABOUT: &str = "vm.json";
@@ -28,16 +30,67 @@ const OVERLAY: &str = "disk.qcow2";
 const SEED: &str = "seed.img";
 /// The base's disk.
 const BASE: &str = "base.qcow2";
+/// An image that was fetched.
+const IMAGE: &str = "base.img";
 
 /// A VM's part of a system, ready to start.
 #[derive(Debug)]
 pub struct Instance {
     /// What it starts with.
-    pub boot: vm::Boot,
+    pub start: Start,
     /// Its disks: the system's, and the seed.
     pub disks: Vec<vm::Disk>,
     /// Its name in the network.
     pub hostname: String,
+}
+
+/// What a VM starts with.
+#[derive(Debug)]
+pub enum Start {
+    /// A kernel beside its disk.
+    Kernel(vm::Boot),
+    /// What is on its disk, by such firmware.
+    Firmware(images::Firmware),
+}
+
+/// What a VM is made from.
+#[derive(Debug, Clone, Copy)]
+pub enum Origin<'a> {
+    /// A system that Lodge made.
+    Base(&'a Base),
+    /// An image that was fetched.
+    Pulled(&'a Pulled),
+}
+
+impl Origin<'_> {
+    fn disk(&self) -> &Path {
+        match self {
+            Origin::Base(base) => &base.disk,
+            Origin::Pulled(image) => &image.disk,
+        }
+    }
+
+    /// Its files, and what a VM with a name calls them: its disk first.
+    fn files(&self) -> Vec<(&Path, &'static str)> {
+        match self {
+            Origin::Base(base) => vec![(&base.disk, BASE), (&base.kernel, KERNEL), (&base.initrd, INITRD)],
+            Origin::Pulled(image) => vec![(&image.disk, IMAGE)],
+        }
+    }
+
+    fn form(&self) -> Form {
+        match self {
+            Origin::Base(_) => Form::Script,
+            Origin::Pulled(_) => Form::CloudConfig,
+        }
+    }
+
+    fn hostname(&self) -> &str {
+        match self {
+            Origin::Base(_) => "debian",
+            Origin::Pulled(image) => image.name.split([':', '.']).next().unwrap_or_default(),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -45,7 +98,11 @@ struct About {
     /// systemd's machine ID, and cloud-init's instance ID.
     id: String,
     hostname: String,
+    /// The kernel's command line, where there is a kernel beside the disk.
     cmdline: String,
+    /// What starts the disk, where there is none.
+    #[serde(default)]
+    firmware: Option<images::Firmware>,
 }
 
 /// Where VMs are kept: `$LODGE_DATA_DIR`, else `lodge` in `$XDG_DATA_HOME` or in `~/.local/share`.
@@ -60,20 +117,23 @@ pub fn data_dir() -> Result<PathBuf, Error> {
 
 impl Instance {
     /// A VM that is thrown away at its end: nothing of it has a name on the host, so nothing can stay behind. It mounts `shares`.
-    pub fn throw_away(base: &Base, settings: &Settings, shares: &[String]) -> Result<Self, Error> {
+    pub fn throw_away(origin: Origin<'_>, settings: &Settings, shares: &[String]) -> Result<Self, Error> {
         settings.check()?;
         let vms = vms()?;
         let dir = tempfile::Builder::new().prefix(".new-").tempdir_in(&vms).map_err(Error::file(&vms))?;
         let overlay = dir.path().join(OVERLAY);
-        disks::create(&overlay, Format::Qcow2, 0, Some(&base.disk))?;
-        let about = About::new(settings, "debian", base)?;
-        write_seed(dir.path(), settings, &about)?;
+        disks::create(&overlay, Format::Qcow2, 0, Some(origin.disk()))?;
+        let about = About::new(settings, origin.hostname(), origin)?;
+        write_seed(dir.path(), settings, origin.form(), &about)?;
         let disks = open(dir.path(), shares)?;
-        let boot = boot(&base.kernel, &base.initrd, &about);
+        let start = match origin {
+            Origin::Base(base) => Start::Kernel(boot(&base.kernel, &base.initrd, &about)),
+            Origin::Pulled(image) => Start::Firmware(image.about.firmware),
+        };
         // The disks are open; from here on they have no names.
         let path = dir.path().to_owned();
         dir.close().map_err(Error::file(path))?;
-        Ok(Self { boot, disks, hostname: about.hostname })
+        Ok(Self { start, disks, hostname: about.hostname })
     }
 
     /// The VM `name`, if it was made. It mounts `shares`.
@@ -90,12 +150,15 @@ impl Instance {
         };
         let about: About =
             serde_json::from_slice(&text).map_err(|error| damaged(format!("{ABOUT}: {error}")))?;
-        let boot = boot(&dir.join(KERNEL), &dir.join(INITRD), &about);
-        Ok(Some(Self { boot, disks: open(&dir, shares)?, hostname: about.hostname }))
+        let start = match about.firmware {
+            Some(firmware) => Start::Firmware(firmware),
+            None => Start::Kernel(boot(&dir.join(KERNEL), &dir.join(INITRD), &about)),
+        };
+        Ok(Some(Self { start, disks: open(&dir, shares)?, hostname: about.hostname }))
     }
 
     /// The VM `name`, made now. It appears whole or not at all. It mounts `shares`.
-    pub fn create(name: &str, base: &Base, settings: &Settings, shares: &[String]) -> Result<Self, Error> {
+    pub fn create(name: &str, origin: Origin<'_>, settings: &Settings, shares: &[String]) -> Result<Self, Error> {
         settings.check()?;
         if !is_name(name, 63) {
             return Err(Error::Name(name.into()));
@@ -108,12 +171,12 @@ impl Instance {
             // Another name for the same file, or a copy where the cache is on another file system.
             fs::hard_link(from, &to).or_else(|_| fs::copy(from, &to).map(|_| ())).map_err(Error::file(to))
         };
-        place(&base.disk, BASE)?;
-        place(&base.kernel, KERNEL)?;
-        place(&base.initrd, INITRD)?;
-        disks::create(&work.path().join(OVERLAY), Format::Qcow2, 0, Some(&work.path().join(BASE)))?;
-        let about = About::new(settings, name, base)?;
-        write_seed(work.path(), settings, &about)?;
+        let files = origin.files();
+        files.iter().try_for_each(|(from, name)| place(from, name))?;
+        let below = work.path().join(files[0].1);
+        disks::create(&work.path().join(OVERLAY), Format::Qcow2, 0, Some(&below))?;
+        let about = About::new(settings, name, origin)?;
+        write_seed(work.path(), settings, origin.form(), &about)?;
         let text = serde_json::to_vec_pretty(&about).map_err(|error| Error::file(&dir)(error.into()))?;
         fs::write(work.path().join(ABOUT), text).map_err(Error::file(&dir))?;
         settle(work, &dir).map_err(Error::file(&dir))?;
@@ -122,11 +185,16 @@ impl Instance {
 }
 
 impl About {
-    fn new(settings: &Settings, name: &str, base: &Base) -> Result<Self, Error> {
+    fn new(settings: &Settings, name: &str, origin: Origin<'_>) -> Result<Self, Error> {
+        let (cmdline, firmware) = match origin {
+            Origin::Base(base) => (base.cmdline.clone(), None),
+            Origin::Pulled(image) => (String::new(), Some(image.about.firmware)),
+        };
         Ok(Self {
             id: random_id()?,
             hostname: settings.hostname.clone().unwrap_or_else(|| name.replace('_', "-")),
-            cmdline: base.cmdline.clone(),
+            cmdline,
+            firmware,
         })
     }
 }
@@ -136,8 +204,9 @@ fn settle(work: tempfile::TempDir, dir: &Path) -> std::io::Result<()> {
     match fs::rename(work.path(), dir) {
         // Its UEFI variables are there already. What makes it a VM comes last.
         Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty && !dir.join(ABOUT).exists() => {
-            let mut names = [BASE, KERNEL, INITRD, OVERLAY, SEED, ABOUT].into_iter();
-            names.try_for_each(|name| fs::rename(work.path().join(name), dir.join(name)))
+            let names = [BASE, KERNEL, INITRD, IMAGE, OVERLAY, SEED, ABOUT];
+            let mut there = names.into_iter().filter(|name| work.path().join(name).exists());
+            there.try_for_each(|name| fs::rename(work.path().join(name), dir.join(name)))
         }
         renamed => renamed.map(|()| drop(work.keep())),
     }
@@ -160,9 +229,9 @@ fn random_id() -> Result<String, Error> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn write_seed(dir: &Path, settings: &Settings, about: &About) -> Result<(), Error> {
+fn write_seed(dir: &Path, settings: &Settings, form: Form, about: &About) -> Result<(), Error> {
     let path = dir.join(SEED);
-    let first = seed::first_start(settings, &about.id, &about.hostname);
+    let first = seed::first_start(settings, form, &about.id, &about.hostname);
     fs::write(&path, seed::make(&first).map_err(Error::file(&path))?).map_err(Error::file(&path))
 }
 

@@ -5,7 +5,9 @@
 //! ([`images::tree`]), and a VM turns that into a file system and lets the packages configure themselves. So neither root nor any
 //! tool of the host's is needed.
 //!
-//! An [`Instance`] is what one VM has of it: an overlay over the base's disk, and a seed with its name, its users and keys.
+//! [`pulled`] images are fetched as they are: the distributions' own for clouds.
+//!
+//! An [`Instance`] is what one VM has of it: an overlay over one of these, and a seed with its name, its users and keys.
 #![forbid(unsafe_code)]
 
 mod base;
@@ -13,11 +15,12 @@ mod build;
 mod error;
 mod instance;
 mod layout;
+pub mod pulled;
 mod recipe;
 mod seed;
 
 pub use base::{Base, Listed, debian, list, remove};
 pub use error::Error;
-pub use instance::{Instance, data_dir};
+pub use instance::{Instance, Origin, Start, data_dir};
 pub use recipe::Release;
 pub use seed::{Settings, is_name};

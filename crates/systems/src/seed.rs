@@ -1,10 +1,11 @@
 //! A machine's seed: the file system from which it takes its name, users and keys at its first start, in the form that cloud-init
-//! calls NoCloud. The user-data are a script, which our own systems and cloud-init's understand alike.
+//! calls NoCloud. The user-data are a script for our own systems, and cloud-init's own form for images that were fetched.
 
 use std::fmt::Write as _;
 use std::io::{self, Cursor, Read, Seek, Write};
 
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
+use serde_json::json;
 
 use crate::Error;
 
@@ -24,6 +25,17 @@ pub struct Settings {
     pub ssh_keys: Vec<String>,
     /// Commands that are run as root, in this order.
     pub commands: Vec<String>,
+    /// The password of the image's own user, or of `user`, for the console: of images that were fetched.
+    pub password: Option<String>,
+}
+
+/// What the user-data are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// A script for the shell.
+    Script,
+    /// `#cloud-config`, as cloud-init and tiny-cloud read it.
+    CloudConfig,
 }
 
 impl Settings {
@@ -41,6 +53,27 @@ impl Settings {
             Some(user) => Err(Error::User(user.clone())),
             None => Ok(()),
         }
+    }
+
+    /// The same for cloud-init: YAML, of which JSON is a part. `user` is the image's own user, by another name.
+    fn cloud_config(&self) -> String {
+        let mut config = serde_json::Map::new();
+        if let Some(user) = &self.user {
+            config.insert("user".into(), json!({ "name": user }));
+        }
+        if !self.ssh_keys.is_empty() {
+            let keys: Vec<&str> = self.ssh_keys.iter().map(|key| key.trim()).collect();
+            config.insert("ssh_authorized_keys".into(), json!(keys));
+        }
+        if let Some(password) = &self.password {
+            config.insert("password".into(), json!(password));
+            config.insert("chpasswd".into(), json!({ "expire": false }));
+            config.insert("ssh_pwauth".into(), json!(false));
+        }
+        if !self.commands.is_empty() {
+            config.insert("runcmd".into(), json!(self.commands));
+        }
+        format!("#cloud-config\n{:#}\n", serde_json::Value::Object(config))
     }
 
     /// The script for the first start.
@@ -76,10 +109,19 @@ impl Settings {
 }
 
 /// The seed of the machine `id`: what is for its first start, by the names of the files.
-pub(crate) fn first_start(settings: &Settings, id: &str, hostname: &str) -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn first_start(
+    settings: &Settings,
+    form: Form,
+    id: &str,
+    hostname: &str,
+) -> Vec<(&'static str, Vec<u8>)> {
     let mut meta = String::new();
     let _ = write!(meta, "instance-id: {id}\nlocal-hostname: {hostname}\n");
-    vec![("meta-data", meta.into_bytes()), ("user-data", settings.script().into_bytes())]
+    let user = match form {
+        Form::Script => settings.script(),
+        Form::CloudConfig => settings.cloud_config(),
+    };
+    vec![("meta-data", meta.into_bytes()), ("user-data", user.into_bytes())]
 }
 
 /// What is for every start: the directories of the host that it mounts, and our agent.
@@ -138,9 +180,10 @@ mod tests {
             user: Some("ada".into()),
             ssh_keys: vec!["ssh-ed25519 AAAA ada@host\n".into()],
             commands: vec!["echo 'it works'".into()],
+            password: Some("secret".into()),
         };
         settings.check().unwrap();
-        let first = first_start(&settings, "id-1", "web");
+        let first = first_start(&settings, Form::Script, "id-1", "web");
         let bytes = make(&first).unwrap();
         // At the next start, with another version of Lodge.
         let again = read(Cursor::new(bytes)).unwrap();
@@ -157,6 +200,18 @@ mod tests {
         assert_eq!(read("shares"), "src\ndata\n");
         assert!(read("start").starts_with("#!/bin/sh\n"));
         let script = read("user-data");
+        let config = settings.cloud_config();
+        let config: serde_json::Value =
+            serde_json::from_str(config.strip_prefix("#cloud-config\n").unwrap()).unwrap();
+        let expected = json!({
+            "user": { "name": "ada" },
+            "ssh_authorized_keys": ["ssh-ed25519 AAAA ada@host"],
+            "password": "secret",
+            "chpasswd": { "expire": false },
+            "ssh_pwauth": false,
+            "runcmd": ["echo 'it works'"],
+        });
+        assert_eq!(config, expected);
         assert!(script.starts_with("#!/bin/sh\n") && script.contains("useradd"), "{script}");
         assert!(script.contains("\nssh-ed25519 AAAA ada@host\nEND-OF-KEYS\n"), "{script}");
         assert!(script.contains("sh -c 'echo '\\''it works'\\'''"), "{script}");

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,19 @@ pub(super) struct Client {
     proxies: Proxies,
     /// One per proxy, so that connections are used again.
     agents: RefCell<HashMap<Way, ureq::Agent>>,
+    /// What registries of OCI images gave us to show to them, by host.
+    tokens: RefCell<HashMap<String, String>>,
+}
+
+/// What is asked for, beside the URL.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Ask<'a> {
+    /// All from there on.
+    pub(super) offset: u64,
+    /// Only if it is still this version, and else all.
+    pub(super) version: Option<&'a str>,
+    /// In these forms.
+    pub(super) accept: Option<&'a str>,
 }
 
 /// How a URL is reached.
@@ -45,7 +59,7 @@ impl Client {
             .root_certs(RootCerts::Specific(Arc::new(certificates(conf))))
             .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .build();
-        Self { tls, proxies, agents: RefCell::default() }
+        Self { tls, proxies, agents: RefCell::default(), tokens: RefCell::default() }
     }
 
     fn config(&self, proxy: Option<ureq::Proxy>) -> ureq::config::Config {
@@ -65,9 +79,9 @@ impl Client {
             .build()
     }
 
-    pub(super) fn get(&self, url: &str, offset: u64) -> Result<Stream, FetchError> {
+    pub(super) fn get(&self, url: &str, ask: &Ask) -> Result<Stream, FetchError> {
         let broken = |reason: String| FetchError::Connection { url: url.to_owned(), reason };
-        let response = self.follow(url, offset)?;
+        let response = self.follow(url, ask)?;
         let status = response.status().as_u16();
         let offset: u64 = match status {
             200 => 0,
@@ -81,20 +95,28 @@ impl Client {
             _ => return Err(FetchError::Status { url: url.to_owned(), status }),
         };
         let size = response.body().content_length().map(|rest| offset.saturating_add(rest));
+        let strong = header(&response, "ETag").filter(|tag| !tag.starts_with("W/"));
+        let version = strong.or_else(|| header(&response, "Last-Modified")).map(str::to_owned);
         // The reader has no limit of its own: callers bound what they take.
         let reader = response.into_body().into_with_config().limit(u64::MAX).reader();
-        Ok(Stream { reader: Box::new(reader), offset, size })
+        Ok(Stream { reader: Box::new(reader), offset, size, version })
     }
 
     /// The answer for `url`, or for where it leads.
-    fn follow(&self, url: &str, offset: u64) -> Result<Response, FetchError> {
+    fn follow(&self, url: &str, ask: &Ask) -> Result<Response, FetchError> {
         let bad = || FetchError::BadUrl { url: url.to_owned() };
         let mut target = url.to_owned();
         for _ in 0..MOST_REDIRECTS {
-            let response = self.request(&target, offset).map_err(|error| match error {
-                ureq::Error::BadUri(_) | ureq::Error::Http(_) => bad(),
-                other => FetchError::Connection { url: target.clone(), reason: reason(&other) },
-            })?;
+            let request = || {
+                self.request(&target, ask).map_err(|error| match error {
+                    ureq::Error::BadUri(_) | ureq::Error::Http(_) => bad(),
+                    other => FetchError::Connection { url: target.clone(), reason: reason(&other) },
+                })
+            };
+            let mut response = request()?;
+            if response.status().as_u16() == 401 && self.take_token(&target, &response)? {
+                response = request()?;
+            }
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(response);
             }
@@ -114,7 +136,8 @@ impl Client {
         Err(FetchError::Redirect { url: url.to_owned(), to: target })
     }
 
-    fn request(&self, url: &str, offset: u64) -> Result<Response, ureq::Error> {
+    fn request(&self, url: &str, ask: &Ask) -> Result<Response, ureq::Error> {
+        let Ask { offset, version, accept } = *ask;
         let way = match self.proxies.of(url) {
             None => Way::Direct,
             // A proxy without a scheme is an HTTP proxy, and one reached by HTTPS gets tunnels only.
@@ -126,6 +149,15 @@ impl Client {
         let mut request = self.agent(&way)?.get(url);
         if offset > 0 {
             request = request.header("Range", format!("bytes={offset}-"));
+            if let Some(version) = version {
+                request = request.header("If-Range", version);
+            }
+        }
+        if let Some(accept) = accept {
+            request = request.header("Accept", accept);
+        }
+        if let Some(token) = self.tokens.borrow().get(host(url)) {
+            request = request.header("Authorization", format!("Bearer {token}"));
         }
         if let Way::Forward(proxy) = &way
             && let Some(credentials) = credentials(proxy)
@@ -133,6 +165,48 @@ impl Client {
             request = request.header("Proxy-Authorization", format!("Basic {}", BASE64.encode(credentials)));
         }
         request.call()
+    }
+
+    /// Gets the token that a registry wants to see, which it gives to everybody; whether there is one now that was not before.
+    ///
+    /// Source: distribution's "Token Authentication Specification".
+    fn take_token(&self, url: &str, response: &Response) -> Result<bool, FetchError> {
+        const LARGEST: u64 = 1 << 20;
+        #[derive(serde::Deserialize)]
+        struct Answer {
+            #[serde(alias = "access_token")]
+            token: String,
+        }
+        let Some(challenge) =
+            header(response, "WWW-Authenticate").and_then(|text| text.strip_prefix("Bearer "))
+        else {
+            return Ok(false);
+        };
+        let field = |name: &str| {
+            let rest = &challenge[challenge.find(&format!("{name}=\""))? + name.len() + 2..];
+            Some(rest[..rest.find('"')?].to_owned())
+        };
+        // The token is nobody else's: over HTTPS, or on this host.
+        let Some(realm) =
+            field("realm").filter(|realm| realm.starts_with("https://") || url.starts_with("http://"))
+        else {
+            return Ok(false);
+        };
+        let escape = |text: String| text.replace('&', "%26").replace(' ', "%20").replace('#', "%23");
+        let more = ["service", "scope"].into_iter().filter_map(|name| Some((name, escape(field(name)?))));
+        let query: Vec<String> = more.map(|(name, value)| format!("{name}={value}")).collect();
+        let place = format!("{realm}{}{}", if realm.contains('?') { '&' } else { '?' }, query.join("&"));
+        if host(&place) == host(url) && self.tokens.borrow().contains_key(host(url)) {
+            return Ok(false);
+        }
+        let answer = self.get(&place, &Ask::default())?;
+        let mut text = Vec::new();
+        let broken = |reason: String| FetchError::Connection { url: place.clone(), reason };
+        answer.reader.take(LARGEST).read_to_end(&mut text).map_err(|error| broken(error.to_string()))?;
+        let answer: Answer = serde_json::from_slice(&text).map_err(|error| broken(error.to_string()))?;
+        let sound = answer.token.bytes().all(|byte| byte.is_ascii_graphic());
+        let old = self.tokens.borrow_mut().insert(host(url).to_owned(), answer.token.clone());
+        Ok(sound && old != Some(answer.token))
     }
 
     fn agent(&self, way: &Way) -> Result<ureq::Agent, ureq::Error> {
@@ -160,6 +234,12 @@ fn reason(error: &ureq::Error) -> String {
     let hint =
         if text.contains("UnknownIssuer") { " (is the package ca-certificates installed?)" } else { "" };
     format!("{text}{hint}")
+}
+
+/// The host of a URL, with its port.
+fn host(url: &str) -> &str {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    rest.split(['/', '?']).next().unwrap_or(rest)
 }
 
 fn header<'a>(response: &'a Response, name: &str) -> Option<&'a str> {

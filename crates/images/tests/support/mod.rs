@@ -1,4 +1,5 @@
 //! An archive made by the test, and a server for it that can misbehave.
+#![allow(dead_code)] // each test program uses some of it
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -223,6 +224,8 @@ impl Host {
 pub enum Mood {
     /// Break off after so many bytes of the body, so many times.
     Break { bytes: usize, times: usize },
+    /// Break off after so many bytes once, and say 503 so many times after that.
+    BreakAndFail { bytes: usize, fails: usize },
     /// Know nothing of ranges.
     NoRanges,
     /// Say this status.
@@ -296,13 +299,19 @@ impl Server {
         let mood = {
             let mut behaviour = self.behaviour.lock().unwrap();
             behaviour.requests.push(format!("{request} {range} {proxy}"));
-            let spent = |mood: &Mood| matches!(mood, Mood::Break { times: 0, .. });
+            let spent = |mood: &Mood| {
+                matches!(mood, Mood::Break { times: 0, .. } | Mood::BreakAndFail { bytes: 0, fails: 0 })
+            };
             let mut moods = behaviour.moods.iter_mut();
             moods.find(|(part, mood)| path.contains(&part[..]) && !spent(mood)).map(|(_, mood)| {
-                if let Mood::Break { times, .. } = mood {
-                    *times -= 1;
+                let now = mood.clone();
+                match mood {
+                    Mood::Break { times, .. } => *times -= 1,
+                    Mood::BreakAndFail { bytes: 0, fails } => *fails -= 1,
+                    Mood::BreakAndFail { bytes, .. } => *bytes = 0,
+                    _ => {}
                 }
-                mood.clone()
+                now
             })
         };
         let mut stream = stream;
@@ -315,15 +324,22 @@ impl Server {
         let whole = body.len();
         let mut status = "200 OK".to_owned();
         let mut more = String::new();
+        let tag = format!("\"{}\"", sha256(&body));
+        more += &format!("ETag: {tag}\r\n");
+        let same = header("if-range").is_none_or(|version| version == tag);
         let first =
             range.strip_prefix("bytes=").and_then(|range| range.trim_end_matches('-').parse::<usize>().ok());
-        if let Some(first) = first.filter(|_| !matches!(mood, Some(Mood::NoRanges))) {
+        if let Some(first) = first.filter(|_| same && !matches!(mood, Some(Mood::NoRanges))) {
+            if first >= whole {
+                return head("416 Range Not Satisfiable", "Content-Length: 0\r\n");
+            }
             status = "206 Partial Content".to_owned();
-            more = format!("Content-Range: bytes {first}-{}/{whole}\r\n", whole - 1);
+            more += &format!("Content-Range: bytes {first}-{}/{whole}\r\n", whole - 1);
             body.drain(..first);
         }
         match mood {
             Some(Mood::Status(code)) => return head(&format!("{code} No"), "Content-Length: 0\r\n"),
+            Some(Mood::BreakAndFail { bytes: 0, .. }) => return head("503 No", "Content-Length: 0\r\n"),
             Some(Mood::Redirect(to)) => {
                 return head("302 Found", &format!("Location: {to}\r\nContent-Length: 0\r\n"));
             }
@@ -337,7 +353,7 @@ impl Server {
         }
         more += &format!("Content-Length: {}\r\n", body.len());
         head(&status, &more)?;
-        if let Some(Mood::Break { bytes, .. }) = mood {
+        if let Some(Mood::Break { bytes, .. } | Mood::BreakAndFail { bytes, .. }) = mood {
             body.truncate(bytes);
         }
         stream.write_all(&body).ok()
