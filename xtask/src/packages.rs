@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use crate::sh;
 
 /// Debian packages, with a program or a file of each that tells whether it is there.
-const PACKAGES: [(&str, &str); 9] = [
+const PACKAGES: [(&str, &str); 10] = [
     ("qemu-system-x86", "qemu-system-x86_64"),
     ("qemu-utils", "qemu-img"),
     ("gdb", "gdb"),
@@ -18,6 +18,7 @@ const PACKAGES: [(&str, &str); 9] = [
     ("grub-efi-amd64-bin", "/usr/lib/grub/x86_64-efi/linux.mod"),
     ("mtools", "mcopy"),
     ("memtest86+", "/usr/lib/memtest86+/memtest86+x64.iso"),
+    ("docker-registry", "docker-registry"),
 ];
 
 /// Cargo tools: name, and the version that is installed where it is missing.

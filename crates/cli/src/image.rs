@@ -34,7 +34,7 @@ fn catalogue() -> anyhow::Result<Catalogue> {
     let own = Config::path().map(|path| path.with_file_name("catalogue.toml"));
     let catalogue = Catalogue::builtin();
     Ok(match own {
-        Some(path) => catalogue.add(&path)?,
+        Some(path) => catalogue.with(&path)?,
         None => catalogue,
     })
 }

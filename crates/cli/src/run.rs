@@ -229,7 +229,8 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         },
         (None, None, None) => (kernel(args, file.mirror.as_deref())?, Vec::new()),
         (system, ..) => {
-            let firmware = crate::firmware::open(args, None, args.mirror.clone().or_else(|| file.mirror.clone()))?;
+            let firmware =
+                crate::firmware::open(args, None, args.mirror.clone().or_else(|| file.mirror.clone()))?;
             (Boot::Firmware(firmware), system.map_or_else(Vec::new, |system| system.disks))
         }
     };
@@ -277,6 +278,18 @@ fn name_of(boot: &Boot) -> String {
         Boot::Firmware(firmware) => &firmware.code,
     };
     path.file_name().map_or_else(|| "guest".into(), |n| n.to_string_lossy().into_owned())
+}
+
+/// The default memory of a guest: more where its root file system is unpacked into that.
+fn room_for(boot: &Boot) -> u64 {
+    let initrd: u64 = match boot {
+        Boot::Kernel { initrd, .. } => {
+            initrd.iter().filter_map(|path| Some(path.metadata().ok()?.len())).sum()
+        }
+        Boot::Firmware(_) => 0,
+    };
+    // It is there packed and unpacked at the same time, and wants room to work.
+    (512u64 << 20).max((3 * initrd + (256 << 20)).next_multiple_of(1 << 20))
 }
 
 /// The guest, if it is a disk to boot from; none where it is a whole system.

@@ -60,7 +60,7 @@ impl Catalogue {
     }
 
     /// Adds a file's entries, which go before those of the same names. A file that is not there adds nothing.
-    pub fn add(mut self, path: &Path) -> Result<Self, CatalogueError> {
+    pub fn with(mut self, path: &Path) -> Result<Self, CatalogueError> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(self),
@@ -135,7 +135,7 @@ mod tests {
         let path = dir.path().join("catalogue.toml");
         let mine = "[mine]\ntitle = \"x\"\nurl = \"file:/x\"\nfirmware = \"uefi\"\n";
         fs::write(&path, format!("{mine}[\"ubuntu:24.04\"]\ntitle = \"y\"\nurl = \"file:/y\"\n")).unwrap();
-        let catalogue = Catalogue::builtin().add(&path).unwrap().add(&dir.path().join("none")).unwrap();
+        let catalogue = Catalogue::builtin().with(&path).unwrap().with(&dir.path().join("none")).unwrap();
         assert_eq!(catalogue.find("mine").unwrap().1.firmware, Firmware::Uefi);
         assert_eq!(catalogue.find("ubuntu").unwrap().1.url, "file:/y");
         for (bad, part) in [
@@ -145,7 +145,7 @@ mod tests {
             ("[x", "line 1"),
         ] {
             fs::write(&path, bad).unwrap();
-            let error = Catalogue::builtin().add(&path).unwrap_err().to_string();
+            let error = Catalogue::builtin().with(&path).unwrap_err().to_string();
             assert!(error.contains(part), "{bad}: {error}");
         }
     }
