@@ -158,7 +158,12 @@ impl Instance {
     }
 
     /// The VM `name`, made now. It appears whole or not at all. It mounts `shares`.
-    pub fn create(name: &str, origin: Origin<'_>, settings: &Settings, shares: &[String]) -> Result<Self, Error> {
+    pub fn create(
+        name: &str,
+        origin: Origin<'_>,
+        settings: &Settings,
+        shares: &[String],
+    ) -> Result<Self, Error> {
         settings.check()?;
         if !is_name(name, 63) {
             return Err(Error::Name(name.into()));

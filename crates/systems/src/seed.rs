@@ -73,6 +73,10 @@ impl Settings {
         if !self.commands.is_empty() {
             config.insert("runcmd".into(), json!(self.commands));
         }
+        // At every start, as `lodge-seed.service` does it in systems of ours.
+        let start = "mkdir -p /run/lodge-seed /var/lib/lodge; mount -o ro LABEL=CIDATA /run/lodge-seed && \
+                     sh /run/lodge-seed/start /run/lodge-seed || true";
+        config.insert("bootcmd".into(), json!([start]));
         format!("#cloud-config\n{:#}\n", serde_json::Value::Object(config))
     }
 
@@ -201,8 +205,10 @@ mod tests {
         assert!(read("start").starts_with("#!/bin/sh\n"));
         let script = read("user-data");
         let config = settings.cloud_config();
-        let config: serde_json::Value =
+        let mut config: serde_json::Value =
             serde_json::from_str(config.strip_prefix("#cloud-config\n").unwrap()).unwrap();
+        assert!(config["bootcmd"][0].as_str().unwrap().contains("/run/lodge-seed/start"), "{config}");
+        config.as_object_mut().unwrap().remove("bootcmd");
         let expected = json!({
             "user": { "name": "ada" },
             "ssh_authorized_keys": ["ssh-ed25519 AAAA ada@host"],
