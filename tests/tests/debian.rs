@@ -1,6 +1,7 @@
 //! Whole Debian systems: made from packages, started, shut down, started again.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,12 +13,25 @@ const STARTING: Duration = Duration::from_secs(300);
 
 /// Starts `lodge run ARGS` with VMs kept in `data`, types `commands` at the prompt, and waits for the end.
 fn session(data: &Scratch, args: &[&str], patience: Duration, commands: &str) -> Done {
+    session_with(data, args, patience, commands, || ())
+}
+
+/// The same, with something done beside it when the prompt is there.
+fn session_with(
+    data: &Scratch,
+    args: &[&str],
+    patience: Duration,
+    commands: &str,
+    beside: impl FnOnce(),
+) -> Done {
     let mut command = Command::new(lodge());
-    command.args(["run", "--engine", "translate"]).args(args).env("LODGE_DATA_DIR", data.path());
+    command.args(["run", "--engine", "translate"]).args(args);
+    command.env("LODGE_DATA_DIR", data.path()).env("LODGE_RUNTIME_DIR", data.path().join("run"));
     let (running, mut input) = start_typing(&mut command);
     running.line("login: root (automatic login)", patience);
     // What is typed before the prompt is there is thrown away.
     running.line(":~# ", STARTING);
+    beside();
     input.write_all(format!("{commands}\npoweroff\n").as_bytes()).unwrap();
     let done = running.wait(STARTING).expect(0);
     assert!(done.out.contains("Power down"), "{}", done.out);
@@ -31,6 +45,26 @@ fn value<'a>(done: &'a Done, key: &str) -> &'a str {
     done.out.lines().find_map(value).unwrap_or_else(|| panic!("no {key}= in:\n{}", done.out))
 }
 
+/// What runs is reached by its name: by the agent, and by ssh through it.
+fn reached_without_a_network(data: &Scratch, key: &Path) {
+    let ask = |args: &[&str]| {
+        let mut command = Command::new(lodge());
+        command
+            .args(args)
+            .env("LODGE_DATA_DIR", data.path())
+            .env("LODGE_RUNTIME_DIR", data.path().join("run"));
+        lodge_tests::start_with(&mut command, "").wait(STARTING)
+    };
+    let done =
+        ask(&["exec", "web", "--user", "ada", "--", "sh", "-c", "id -nu; id -nG; pwd; exit 3"]).expect(3);
+    assert_eq!(done.out, "ada\nada adm sudo\n/home/ada\n");
+    let key = key.display().to_string();
+    let ssh =
+        ["ssh", "web", "-u", "ada", "--", "-i", &key, "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"];
+    let command = "sudo sh -c 'echo $SUDO_USER was here >/mnt/src/answer; exit 4'";
+    ask(&[&ssh[..], &[command]].concat()).expect(4);
+}
+
 #[test]
 fn debian_is_made_starts_shuts_down_and_starts_again() {
     // It comes from the same archive.
@@ -38,9 +72,14 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
         return;
     }
     let data = Scratch::new("debian");
+    let (src, key) = (data.path().join("src"), data.path().join("key"));
+    std::fs::create_dir(&src).unwrap();
+    let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status();
+    assert!(made.unwrap().success());
+    let public = key.with_extension("pub").display().to_string();
     let first = session(
         &data,
-        &["debian:13", "--name", "web", "--user", "ada", "--runcmd", "date >/root/ran"],
+        &["debian:13", "--name", "web", "--user", "ada", "--ssh-key", &public, "--runcmd", "date >/root/ran"],
         MAKING,
         "echo state=$(systemctl is-system-running --wait) failed=$(systemctl --failed --no-legend | wc -l)\n\
          echo name=$(hostname) id=$(cat /etc/machine-id)\necho id=$(cat /etc/machine-id)\n\
@@ -54,14 +93,16 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
     let (audit, packages) = value(&first, "audit").split_once(' ').unwrap();
     assert!(audit == "0" && packages.parse::<u32>().unwrap() > 100, "{}", first.out);
 
-    let again = session(
+    let again = session_with(
         &data,
-        &["--name", "web"],
+        &["--name", "web", "--share", &format!("{}:src", src.display())],
         STARTING,
         "echo id=$(cat /etc/machine-id)\necho keys=$(cat /etc/ssh/*.pub | sha256sum)\n\
          echo file=$(cat /root/file)\ncmp /root/ran /root/ran.first && echo once=yes\n\
          echo journal=$(dmesg | grep -c 'EXT4-fs.*recovery')",
+        || reached_without_a_network(&data, &key),
     );
+    assert_eq!(std::fs::read(src.join("answer")).unwrap(), b"ada was here\n");
     for key in ["id", "keys"] {
         assert_eq!(value(&again, key), value(&first, key), "{key}");
     }

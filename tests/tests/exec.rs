@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use images::Options;
 use lodge_tests::{Done, Scratch, default_guest, lodge, start_typing, start_with};
@@ -23,7 +23,14 @@ impl Guest {
         let mut command = Command::new(lodge());
         command.args(["run", image, "--engine", "translate", "--name", "one"]);
         let (vm, keyboard) = start_typing(command.env("LODGE_RUNTIME_DIR", scratch.path()));
-        Some(Self { scratch, vm: Some(vm), _keyboard: keyboard })
+        let this = Self { scratch, vm: Some(vm), _keyboard: keyboard };
+        // It has its name before the guest starts.
+        let end = Instant::now() + PATIENCE;
+        while !this.scratch.path().join("one.sock").exists() {
+            assert!(Instant::now() < end, "the machine does not start");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Some(this)
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -40,6 +47,15 @@ impl Guest {
     fn end(mut self) {
         start_with(&mut self.command(&["stop", "one", "--force"]), "").wait(PATIENCE).expect(0);
         self.vm.take().unwrap().wait(PATIENCE).expect(130);
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if let Some(vm) = &mut self.vm {
+            // Where the test failed.
+            let _ = vm.child.kill();
+        }
     }
 }
 

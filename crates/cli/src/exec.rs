@@ -250,7 +250,7 @@ pub fn ssh(args: &Ssh) -> anyhow::Result<ExitCode> {
     let own = std::env::current_exe().context("cannot find this program")?;
     let quote = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let proxy =
-        format!("exec {} forward {} 22", quote(&own.to_string_lossy()), quote(&args.name)).replace('%', "%%");
+        format!("{} forward {} 22", quote(&own.to_string_lossy()), quote(&args.name)).replace('%', "%%");
     let mut ssh = Command::new("ssh");
     ssh.args(["-o", &format!("ProxyCommand={proxy}"), "-o", "StrictHostKeyChecking=yes"]);
     ssh.args([

@@ -196,6 +196,10 @@ fn become_user(command: &mut Command, user: User, with_terminal: bool) {
     let prepare = move || {
         // SAFETY: system calls alone, whose arguments are numbers and a list that lives here.
         unsafe {
+            // What started us may have had us ignore some. Those that cannot be set stay as they are.
+            for signal in 1..=libc::SIGRTMAX() {
+                libc::signal(signal, libc::SIG_DFL);
+            }
             check(libc::setsid())?;
             if with_terminal {
                 check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
