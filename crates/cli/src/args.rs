@@ -191,6 +191,9 @@ pub struct Forward {
     pub name: String,
     /// The port, at which a program of the guest's listens on its loopback
     pub port: u16,
+    /// Wait so many seconds for somebody to listen there
+    #[arg(long, value_name = "SECS", value_parser = parse_seconds)]
+    pub wait: Option<std::time::Duration>,
 }
 
 /// `lodge stop`.

@@ -191,10 +191,16 @@ fn size() -> (u16, u16) {
 
 /// `lodge forward`.
 pub fn forward(args: &Forward) -> anyhow::Result<ExitCode> {
-    let ((mut from, to), answer) = ask(&args.name, &ToAgent::Connect(args.port))?;
-    if let FromAgent::Failed(_, why) = answer {
-        return Err(anyhow::anyhow!("cannot connect to {why}"));
-    }
+    let begun = Instant::now();
+    let (mut from, to) = loop {
+        match ask(&args.name, &ToAgent::Connect(args.port))? {
+            (_, FromAgent::Failed(_, why)) if args.wait.is_none_or(|patience| begun.elapsed() > patience) => {
+                return Err(anyhow::anyhow!("cannot connect to {why}"));
+            }
+            (_, FromAgent::Failed(..)) => std::thread::sleep(Duration::from_millis(300)),
+            (streams, _) => break streams,
+        }
+    };
     std::thread::Builder::new()
         .name("input".into())
         .spawn(move || {
@@ -249,8 +255,8 @@ pub fn ssh(args: &Ssh) -> anyhow::Result<ExitCode> {
     std::fs::write(&path, known).with_context(|| format!("cannot write {}", path.display()))?;
     let own = std::env::current_exe().context("cannot find this program")?;
     let quote = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
-    let proxy =
-        format!("{} forward {} 22", quote(&own.to_string_lossy()), quote(&args.name)).replace('%', "%%");
+    let proxy = format!("{} forward {} 22 --wait 60", quote(&own.to_string_lossy()), quote(&args.name))
+        .replace('%', "%%");
     let mut ssh = Command::new("ssh");
     ssh.args(["-o", &format!("ProxyCommand={proxy}"), "-o", "StrictHostKeyChecking=yes"]);
     ssh.args([
