@@ -8,6 +8,7 @@ pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod fs;
+pub mod net;
 mod packed;
 mod queue;
 mod request;

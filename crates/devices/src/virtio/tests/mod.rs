@@ -1,5 +1,6 @@
 //! A driver by hand, well-behaved and not.
 
+mod hostile;
 mod packed;
 
 use std::io::Write;

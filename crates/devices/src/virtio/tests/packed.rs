@@ -8,10 +8,11 @@ use crate::testing::Random;
 use crate::virtio::packed::Packed;
 use crate::virtio::request::Request;
 
-const RING: u64 = 0x1_0000;
+/// Room for the largest ring.
+const RING: u64 = 0x10_0000;
 const DRIVER: u64 = 0x2_0000;
 const DEVICE: u64 = 0x2_0010;
-const TABLES: u64 = 0x4_0000;
+const TABLES: u64 = 0x20_0000;
 const WRAP: u16 = 1 << 15;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -36,10 +37,16 @@ fn advance(place: &mut (u16, bool), n: u16, size: u16) {
 
 impl Driver {
     fn new(size: u16, event_idx: bool) -> (Self, Packed) {
-        let memory = Memory::new(1 << 20, 0).unwrap();
-        let packed = Packed::new(size, [RING, DRIVER, DEVICE], Packed::START, &memory, event_idx).unwrap();
-        let places = vec![None; size.into()];
-        (Self { memory, size, next: (0, true), used: (0, true), places }, packed)
+        Self::at(0, size, event_idx)
+    }
+
+    /// Both are at place `index` of the ring.
+    fn at(index: u16, size: u16, event_idx: bool) -> (Self, Packed) {
+        let memory = Memory::new(4 << 20, 0).unwrap();
+        let next = [WRAP | index; 2];
+        let packed = Packed::new(size, [RING, DRIVER, DEVICE], next, &memory, event_idx).unwrap();
+        let places = vec![None; size.min(256).into()];
+        (Self { memory, size, next: (index, true), used: (index, true), places }, packed)
     }
 
     fn descriptor(&self, at: u64, address: u64, len: u32, id: u16) {
@@ -112,8 +119,8 @@ fn taken(packed: &mut Packed, memory: &Memory) -> Request {
 #[test]
 fn requests_of_all_shapes_go_around_many_times_in_any_order() {
     let mut random = Random::new();
-    for size in [1, 3, 8, 255] {
-        let (mut driver, mut packed) = Driver::new(size, false);
+    for size in [1u16, 3, 8, 255, 32768] {
+        let (mut driver, mut packed) = Driver::at(size.saturating_sub(10), size, false);
         let (mut taken, mut served) = (Vec::new(), 0);
         for _ in 0..4000 {
             let free = size - driver.places.iter().flatten().sum::<u16>();
@@ -230,7 +237,8 @@ fn what_breaks_the_rules_is_broken() {
 
 #[test]
 fn rings_that_cannot_be_are_none() {
-    let memory = Memory::new(1 << 20, 0).unwrap();
+    let memory = Memory::new(4 << 20, 0).unwrap();
+    assert!(Packed::new(0, [RING, DRIVER, DEVICE], Packed::START, &memory, false).is_none(), "no places");
     for (rings, next) in [
         ([RING + 8, DRIVER, DEVICE], Packed::START),
         ([RING, DRIVER + 2, DEVICE], Packed::START),
