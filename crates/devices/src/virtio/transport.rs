@@ -97,7 +97,8 @@ pub struct PciState {
 
 /// A virtio device as a PCI function.
 pub struct Pci {
-    inner: Arc<Inner>,
+    /// There until it is dropped.
+    inner: Option<Arc<Inner>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -120,7 +121,7 @@ struct Inner {
 
 impl fmt::Debug for Pci {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.inner.fmt(f)
+        self.inner().fmt(f)
     }
 }
 
@@ -131,6 +132,10 @@ impl fmt::Debug for Inner {
 }
 
 impl Pci {
+    fn inner(&self) -> &Arc<Inner> {
+        self.inner.as_ref().expect("there until it is dropped")
+    }
+
     /// A function for `device`, which works in `memory`.
     ///
     /// # Errors
@@ -151,7 +156,7 @@ impl Pci {
             device,
         });
         inner.device.connect(Wires(Arc::downgrade(&inner)));
-        let this = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
+        let this = Arc::new(Self { inner: Some(inner.clone()), threads: Mutex::default() });
         for (n, queue) in inner.queues.iter().enumerate() {
             let owner: Arc<dyn Owner> = Arc::new(Back(Arc::downgrade(&inner)));
             let threads = queue.start(n, &inner.device, &memory, &owner)?;
@@ -163,7 +168,7 @@ impl Pci {
     /// Does all that there is to do, so that a fuzzer's input always does the same.
     #[cfg(fuzzing)]
     pub fn drain(&self) {
-        let inner = &self.inner;
+        let inner = self.inner();
         let back = Back(Arc::downgrade(inner));
         for (n, queue) in inner.queues.iter().enumerate() {
             if queue.work(n, &*inner.device, &inner.memory, &back).is_err() {
@@ -174,14 +179,14 @@ impl Pci {
 
     /// Its registers.
     pub fn state(&self) -> Saved<PciState> {
-        let registers = lock(&self.inner.registers).clone();
-        let queues = self.inner.queues.iter().zip(&registers.vectors);
+        let registers = lock(&self.inner().registers).clone();
+        let queues = self.inner().queues.iter().zip(&registers.vectors);
         let queues = queues.map(|(q, &vector)| q.quiet(|q| q.state(vector))).collect();
         Saved::V1(PciState {
             registers,
-            isr: self.inner.isr.load(Ordering::SeqCst),
-            config_vector: self.inner.config_vector.load(Ordering::SeqCst),
-            generation: self.inner.generation.load(Ordering::SeqCst),
+            isr: self.inner().isr.load(Ordering::SeqCst),
+            config_vector: self.inner().config_vector.load(Ordering::SeqCst),
+            generation: self.inner().generation.load(Ordering::SeqCst),
             queues,
         })
     }
@@ -189,7 +194,7 @@ impl Pci {
     /// Restores its registers.
     pub fn set_state(&self, state: &Saved<PciState>) {
         let Saved::V1(state) = state;
-        let inner = &*self.inner;
+        let inner = self.inner();
         inner.running.store(false, Ordering::SeqCst);
         let mut registers = lock(&inner.registers);
         let offered = inner.offered();
@@ -211,8 +216,14 @@ impl Pci {
 
 impl Drop for Pci {
     fn drop(&mut self) {
-        self.inner.queues.iter().for_each(|q| q.stop());
+        self.inner().queues.iter().for_each(|q| q.stop());
         join(&self.threads);
+        // Who uses its wires holds it for a moment, perhaps with a lock that the device wants at its end: it ends here.
+        let mut inner = self.inner.take();
+        while let Some(Err(shared)) = inner.map(Arc::try_unwrap) {
+            std::thread::yield_now();
+            inner = Some(shared);
+        }
     }
 }
 
@@ -249,21 +260,21 @@ fn configuration(device: &dyn Device) -> (Config, usize) {
 
 impl Function for Pci {
     fn config(&self) -> &Config {
-        &self.inner.config
+        &self.inner().config
     }
 
     fn read_bar(&self, bar: usize, offset: u64, size: u8) -> u64 {
-        if bar == 0 { self.inner.read(offset, size) } else { 0 }
+        if bar == 0 { self.inner().read(offset, size) } else { 0 }
     }
 
     fn write_bar(&self, bar: usize, offset: u64, size: u8, value: u64) {
         if bar == 0 {
-            self.inner.write(offset, size, value);
+            self.inner().write(offset, size, value);
         }
     }
 
     fn config_read(&self, offset: u8) {
-        let inner = &*self.inner;
+        let inner = self.inner();
         if let Some((at, size)) = inner.through_config(offset) {
             let value = self.read_bar(0, at, size).to_le_bytes();
             inner.config.set(inner.window + 16, &value[..4]);
@@ -271,7 +282,7 @@ impl Function for Pci {
     }
 
     fn config_written(&self, offset: u8) {
-        let inner = &*self.inner;
+        let inner = self.inner();
         if let Some((at, size)) = inner.through_config(offset) {
             let value = u32::from_le_bytes(inner.config.get(inner.window + 16));
             let mask = u32::MAX >> (32 - 8 * u32::from(size));

@@ -117,3 +117,22 @@ fn who_asks_and_does_not_listen_is_broken() {
     d.offer(CONTROL_TRANSMIT, &[0; 7], 0);
     until("half a message needs a reset", || d.needs_reset());
 }
+
+#[test]
+fn a_machine_may_go_while_its_owner_types() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let port = Port::new("console");
+    let done = Arc::new(AtomicBool::new(false));
+    let (typed, end) = (port.clone(), done.clone());
+    let typing = std::thread::spawn(move || {
+        while !end.load(Ordering::SeqCst) {
+            typed.write(b"a", Duration::ZERO);
+            typed.resize(80, 25);
+        }
+    });
+    for _ in 0..100 {
+        drop(Driver::new(Arc::new(Console::new(std::slice::from_ref(&port))), F_MULTIPORT));
+    }
+    done.store(true, Ordering::SeqCst);
+    typing.join().unwrap();
+}
