@@ -12,6 +12,7 @@ fi
 
 # Lodge's agent. In /run nothing may be executed, on some systems.
 [ -f "$seed/agent" ] || exit 0
+mkdir -p /var/lib/lodge
 agent=/var/lib/lodge/agent
 cmp -s "$seed/agent" $agent || install -m 700 "$seed/agent" $agent
 mkdir -p /run/systemd/system
