@@ -21,7 +21,6 @@ load() {
 }
 load 0x1042 device virtio blk
 load 0x105a device virtio fs
-load 0x1053 device virtio vsock
 load 0x1043 device virtio console
 load 0x0106 class sata
 load 0x010802 class nvme
@@ -38,8 +37,13 @@ case " $cmdline" in
     unset IFS
     ;;
 esac
-# Does what the host asks for, such as `lodge exec`.
-[ ! -x /sbin/lodge-agent ] || /sbin/lodge-agent &
+# Does what the host asks for, such as `lodge exec`. The console need not wait for it.
+if [ -x /sbin/lodge-agent ]; then
+    {
+        load 0x1053 device virtio vsock
+        exec /sbin/lodge-agent
+    } &
+fi
 # Memory that is free goes back to the host, in guests that stay for a while.
 { busybox sleep 3; load 0x1045 device virtio balloon; } &
 exec busybox init
