@@ -22,8 +22,13 @@ pub struct Args {
 }
 
 /// Crates with fuzz targets.
-const CRATES: [&str; 4] =
-    ["crates/boot/fuzz", "crates/devices/fuzz", "crates/images/fuzz", "crates/shares/fuzz"];
+const CRATES: [&str; 5] = [
+    "crates/boot/fuzz",
+    "crates/devices/fuzz",
+    "crates/disks/fuzz",
+    "crates/images/fuzz",
+    "crates/shares/fuzz",
+];
 
 /// Where libFuzzer's counters come from (its `-fsanitize=fuzzer`), and what a test build checks, too.
 const FLAGS: [&str; 9] = [

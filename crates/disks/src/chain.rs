@@ -1,6 +1,6 @@
 //! An image file, locked, and the images below it.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -9,6 +9,7 @@ use imago::format::gate::ImplicitOpenGate;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Storage, StorageOpenOptions};
 
 use crate::file::File as ImageFile;
+use crate::locks::Locks;
 use crate::{Error, Format, qcow2, raw};
 
 /// How many images may lie over one another.
@@ -45,20 +46,6 @@ impl Image {
     }
 }
 
-/// The files on which we hold a lock; to be dropped last, for then they are unlocked.
-///
-/// Closing a file would not do: a child that another thread has just forked has it open too, until it runs its program.
-#[derive(Debug, Default)]
-pub struct Locks(Vec<File>);
-
-impl Drop for Locks {
-    fn drop(&mut self) {
-        for file in &self.0 {
-            let _ = file.unlock();
-        }
-    }
-}
-
 fn open_locked(path: &Path, write: bool, locks: &mut Locks) -> Result<File, Error> {
     let failed = |error| Error::io("open", path, error);
     // Before we open it: opening a pipe would wait for its other end.
@@ -67,12 +54,7 @@ fn open_locked(path: &Path, write: bool, locks: &mut Locks) -> Result<File, Erro
         return Err(failed(io::Error::other("it is neither a file nor a block device")));
     }
     let file = File::options().read(true).write(write).open(path).map_err(failed)?;
-    match if write { file.try_lock() } else { file.try_lock_shared() } {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(Error::InUse { path: path.to_owned(), write }),
-        Err(TryLockError::Error(error)) => return Err(Error::io("lock", path, error)),
-    }
-    locks.0.push(file.try_clone().map_err(failed)?);
+    locks.lock(&file, path, write)?;
     Ok(file)
 }
 
@@ -160,7 +142,7 @@ impl ImplicitOpenGate<ImageFile> for Extents<'_> {
         let path = path.ok_or_else(|| {
             io::Error::other("it names a file outside its own folder; convert it with qemu-img convert")
         })?;
-        if self.locks.0.len() > MAX_EXTENTS {
+        if self.locks.len() > MAX_EXTENTS {
             return Err(io::Error::other("it has more than 256 parts; convert it with qemu-img convert"));
         }
         open_locked(path, false, self.locks).map_err(io::Error::other)?;

@@ -7,8 +7,8 @@
 //!
 //! # Locks
 //!
-//! Every file of a disk carries a `flock`: exclusive if it is written, shared if it is read. So two VMs can share a base image,
-//! and neither can write what another has open. QEMU's locks are of another kind: it and Lodge do not see each other's.
+//! Every file of a disk is locked: to write it alone, or to read it along with others. So two VMs can share a base image, and
+//! neither can write what another has open. QEMU and its tools see the locks, and Lodge sees theirs.
 //!
 //! # What a flush promises
 //!
@@ -35,6 +35,7 @@ mod chain;
 mod create;
 mod error;
 mod file;
+mod locks;
 mod qcow2;
 mod raw;
 
@@ -100,7 +101,7 @@ pub struct Disk {
     size: u64,
     read_only: bool,
     store: Store,
-    _locks: chain::Locks,
+    _locks: locks::Locks,
 }
 
 #[derive(Debug)]

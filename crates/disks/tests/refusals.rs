@@ -72,6 +72,51 @@ fn two_cannot_write_one_image() {
     in_use(Disk::open(&base, &Options::default()));
 }
 
+/// QEMU's tools keep off what Lodge has open, and Lodge off what they have.
+#[test]
+fn locks_are_seen_by_qemu_and_the_other_way_round() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+    if !qemu_img_is_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (base, disk) = (folder.path().join("base"), folder.path().join("disk"));
+    create(&base, Format::Qcow2, MIB, None).unwrap();
+    create(&disk, Format::Qcow2, 0, Some(&base)).unwrap();
+    let qemu = |what: &str| {
+        let mut command = Command::new("qemu-io");
+        command.current_dir(folder.path()).args(what.split(' '));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let ours = open(&disk);
+    for (name, fine) in [
+        ("-f qcow2 disk", false),
+        ("-r -f qcow2 disk", false),
+        ("-f qcow2 base", false),
+        ("-r -f qcow2 base", true),
+    ] {
+        let done = qemu(&format!("-c quit {name}")).wait_with_output().unwrap();
+        assert_eq!(done.status.success(), fine, "{name}: {done:?}");
+    }
+    drop(ours);
+    for (name, write, read) in [("-f qcow2 disk", false, false), ("-r -f qcow2 disk", false, true)] {
+        let mut theirs = qemu(name);
+        let mut output = BufReader::new(theirs.stdout.take().unwrap());
+        // It answers when it has the image open.
+        theirs.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
+        output.read_line(&mut String::new()).unwrap();
+        assert_eq!(Disk::open(&disk, &Options::default()).is_ok(), write, "{name}");
+        let opened = Disk::open(&disk, &read_only());
+        assert!(opened.is_ok() == read, "{name}: {opened:?}");
+        drop(opened);
+        drop(theirs.stdin.take());
+        theirs.wait().unwrap();
+    }
+    open(&disk);
+}
+
 #[test]
 fn a_guest_cannot_forge_a_header() {
     let folder = tempfile::tempdir().unwrap();
