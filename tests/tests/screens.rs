@@ -140,6 +140,37 @@ fn a_menu_is_on_both_consoles_and_linux_finds_keyboard_and_mouse() {
     assert!(done.text().contains(ENTRY), "the menu was on the serial port, too: {}", done.out);
 }
 
+/// Pixels that are not black.
+fn lit(picture: &Picture) -> usize {
+    picture.pixels.iter().filter(|pixel| **pixel != 0).count()
+}
+
+#[test]
+fn uefi_shows_itself_by_virtio() {
+    let scratch = Scratch::new("virtio-screen");
+    let disk = scratch.file("disk", &[0; 1 << 20]);
+    let args = ["--firmware", "uefi", "--display", "virtio", "--memory", "256M", "--disk"];
+    let bed = Bed::start(scratch, &[&args[..], &[disk.to_str().expect("a plain name")]].concat());
+    let patience = Instant::now() + PATIENCE;
+    // The shell counts seconds before it asks: it does when nothing has changed for longer, in the mode that the monitor prefers.
+    let (mut seen, mut since) = (bed.screenshot(), Instant::now());
+    while since.elapsed() < Duration::from_secs(3) || lit(&seen) == 0 {
+        assert!(Instant::now() < patience, "the shell never asks; {} pixels of text", lit(&seen));
+        std::thread::sleep(Duration::from_millis(200));
+        let now = bed.screenshot();
+        if now != seen {
+            (seen, since) = (now, Instant::now());
+        }
+    }
+    assert_eq!(seen.size(), (1024, 768));
+    bed.ask(&["type", "vm", "echo WWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWW\n"]);
+    let patience = Instant::now() + PATIENCE;
+    while lit(&bed.screenshot()) < lit(&seen) + 1000 {
+        assert!(Instant::now() < patience, "what was typed is not on the screen");
+    }
+    bed.end();
+}
+
 #[test]
 fn mistakes_are_told() {
     let scratch = Scratch::new("screens-errors");

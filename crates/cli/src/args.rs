@@ -280,6 +280,8 @@ pub enum Display {
     None,
     /// A VGA, which every system knows
     Vga,
+    /// virtio-gpu, with a virtio keyboard and tablet: its size follows the viewer's. BIOS does not know it
+    Virtio,
 }
 
 /// Which processor the guest sees.

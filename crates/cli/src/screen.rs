@@ -16,6 +16,7 @@ use crate::running::connect;
 pub fn display(args: &Run, firmware: bool) -> vm::Display {
     match args.display {
         Some(Display::None) => vm::Display::None,
+        Some(Display::Virtio) => vm::Display::Virtio,
         Some(Display::Vga) => vm::Display::Vga,
         None if firmware || args.vnc.is_some() => vm::Display::Vga,
         None => vm::Display::None,

@@ -270,6 +270,18 @@ fn plug_display(config: &Config, host: &pci::Host, machine: &Machine) -> Result<
             let source: Arc<dyn screens::Source> = vga;
             config.screen.show(Arc::downgrade(&source));
         }
+        Display::Virtio => {
+            let gpu = Arc::new(virtio::gpu::Gpu::new(machine.memory.clone()));
+            virtio_function(host, machine, gpu.clone())?;
+            let source: Arc<dyn screens::Source> = gpu;
+            config.screen.show(Arc::downgrade(&source));
+            for kind in [virtio::input::Kind::Keyboard, virtio::input::Kind::Tablet] {
+                let device = Arc::new(virtio::input::InputDevice::new(kind));
+                virtio_function(host, machine, device.clone())?;
+                let input: Arc<dyn screens::Input> = device;
+                config.screen.plug(Arc::downgrade(&input));
+            }
+        }
     }
     Ok(())
 }

@@ -60,6 +60,8 @@ pub enum Display {
     None,
     /// A VGA with a linear frame buffer, which every system knows.
     Vga,
+    /// virtio-gpu, and virtio keyboard and tablet: for systems that know that they are guests. BIOS does not.
+    Virtio,
 }
 
 /// What connects a disk.

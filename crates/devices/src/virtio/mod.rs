@@ -8,6 +8,8 @@ pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod fs;
+pub mod gpu;
+pub mod input;
 pub mod net;
 mod packed;
 mod queue;

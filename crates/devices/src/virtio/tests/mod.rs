@@ -1,6 +1,8 @@
 //! A driver by hand, well-behaved and not.
 
+mod gpu;
 mod hostile;
+mod input;
 mod packed;
 
 use std::io::Write;
