@@ -250,6 +250,8 @@ impl Vm {
         let stream = *from.get_ref();
         say(stream, &Answer::Stream)?;
         stream.set_read_timeout(None)?;
+        // A user may look at what is shown for as long as they like.
+        stream.set_write_timeout(None)?;
         let View { id, recent, news } = self.console.view();
         std::thread::scope(|scope| {
             scope.spawn(move || {
