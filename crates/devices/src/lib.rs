@@ -143,7 +143,7 @@ mod testing {
     /// Waits for what a device's thread does.
     #[track_caller]
     pub fn until(what: &str, mut done: impl FnMut() -> bool) {
-        let patience = Instant::now() + Duration::from_secs(20);
+        let patience = Instant::now() + Duration::from_secs(100);
         while !done() {
             assert!(Instant::now() < patience, "never: {what}");
             std::thread::yield_now();

@@ -191,6 +191,10 @@ impl Registers {
 
     fn write_cc(&mut self, value: u32) {
         let before = std::mem::replace(&mut self.cc, value);
+        if value & !before & cc::ENABLE != 0 {
+            // A shutdown that was asked for while it was disabled is over.
+            self.csts &= csts::READY;
+        }
         if value & !before & cc::SHUTDOWN != 0 {
             self.csts = self.csts & !csts::SHUTDOWN | csts::SHUTTING_DOWN;
         }

@@ -451,6 +451,15 @@ fn its_state_goes_from_one_to_another() {
 }
 
 #[test]
+fn a_shutdown_of_what_is_disabled_is_over_when_it_is_enabled() {
+    let mut d = Driver::new();
+    d.write(reg::CC, 0);
+    d.write(reg::CC, 1 << 14);
+    d.until("it has shut down", |d| d.read(reg::CSTS) == 2 << 2);
+    d.works();
+}
+
+#[test]
 fn registers_survive_everything() {
     struct Registers(Arc<Nvme>);
     impl machine::Registers for Registers {
