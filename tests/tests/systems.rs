@@ -71,12 +71,7 @@ fn xen_starts_a_stock_kernel_as_its_first_domain() {
             "--initrd",
             &text(&guest.initrd),
         ],
-        &[
-            "Xen version 4.17",
-            "*** Building a PV Dom0 ***",
-            "Booting paravirtualized kernel on Xen",
-            "Run /init as init process",
-        ],
+        &["(XEN) Xen version 4.17", "Xen version: 4.17", "Run /init as init process"],
     );
 }
 
