@@ -79,6 +79,9 @@ pub fn open(image: Image, write: bool, chain: &mut Chain) -> Result<Layer, Error
         }
         Format::Qcow2 => {
             let header = qcow2::check(&image)?;
+            if write {
+                qcow2::check_counts(&image, &header)?;
+            }
             let below = match header.backing {
                 Some(backing) => Some(open_backing(&path, backing, chain)?),
                 None => None,

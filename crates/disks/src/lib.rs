@@ -239,6 +239,9 @@ impl Disk {
     /// where it can be.
     pub fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
         self.check_write(offset, len)?;
+        if self.is_tiny() {
+            return self.write(offset, &vec![0; len as usize]);
+        }
         match &self.store {
             Store::Raw(raw) => raw.discard(offset, len),
             Store::Layered(layer) => held(layer.write()).discard_to_zero(offset, len),
@@ -247,9 +250,18 @@ impl Disk {
         .map_err(|error| Error::io("discard a part of", &self.path, error))
     }
 
+    /// Whether the disk is smaller than the largest cluster: of one that is smaller than its own clusters `imago` 0.2.6 makes
+    /// more zero than it is asked to.
+    fn is_tiny(&self) -> bool {
+        matches!(self.store, Store::Layered(_)) && self.size < 2 << 20
+    }
+
     /// Makes these `len` bytes zero; with `may_unmap`, their space on the host may be freed.
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), Error> {
         self.check_write(offset, len)?;
+        if self.is_tiny() {
+            return self.write(offset, &vec![0; len as usize]);
+        }
         // Zeroing a part of a cluster looks at the rest of it first, so no write may come in between: the lock is held alone.
         match &self.store {
             Store::Raw(raw) if may_unmap => raw.discard(offset, len),

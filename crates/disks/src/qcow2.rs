@@ -28,6 +28,17 @@ pub struct Header {
     pub backing: Option<Backing>,
     /// Where in the file the table of the cluster tables is.
     pub l1: Range<u64>,
+    counts: Counts,
+}
+
+/// How often each cluster is used.
+#[derive(Debug, PartialEq, Eq)]
+struct Counts {
+    /// Where in the file the table of the blocks of counts is.
+    table: Range<u64>,
+    cluster_bits: u32,
+    /// Bits of a count: its logarithm.
+    width_log2: u32,
 }
 
 /// Checks an image's header.
@@ -36,6 +47,38 @@ pub fn check(image: &Image) -> Result<Header, Error> {
     let mut first = vec![0; image.len.min(2 << 20) as usize];
     image.file.read_exact_at(&mut first, 0).map_err(|error| Error::io("read", &image.path, error))?;
     parse(&first, image.len, &image.path)
+}
+
+/// Checks that an image that is to be written to counts the clusters of its own tables as used. Otherwise they would be given
+/// away, the header first, and `imago` 0.2.6 may even call itself without end.
+pub fn check_counts(image: &Image, header: &Header) -> Result<(), Error> {
+    let Counts { table, cluster_bits, width_log2 } = &header.counts;
+    let failed = |error| Error::io("read", &image.path, error);
+    let uncounted =
+        || Error::damaged(&image.path, "its tables are not counted as used; try qemu-img check -r all");
+    let mut bytes = vec![0; (table.end - table.start) as usize];
+    image.file.read_exact_at(&mut bytes, table.start).map_err(failed)?;
+    let blocks: Vec<u64> =
+        bytes.chunks_exact(8).map(|e| u64::from_be_bytes(e.try_into().unwrap_or_default())).collect();
+    let in_block = 8u64 << cluster_bits >> width_log2;
+    let check = |cluster: u64| {
+        let block = blocks.get((cluster / in_block) as usize).copied().unwrap_or(0);
+        let inside = block.checked_add(1 << cluster_bits).is_some_and(|end| end <= image.len);
+        if block == 0 || !block.is_multiple_of(1 << cluster_bits) || !inside {
+            return Err(uncounted());
+        }
+        let bit = (cluster % in_block) << width_log2;
+        let mut count = vec![0; (1usize << width_log2).div_ceil(8)];
+        image.file.read_exact_at(&mut count, block + bit / 8).map_err(failed)?;
+        // Those that are narrower than a byte begin at its lowest bit.
+        let mask =
+            if *width_log2 < 3 { (((1u16 << (1 << width_log2)) - 1) << (bit % 8)) as u8 } else { 0xff };
+        if count.iter().all(|byte| byte & mask == 0) { Err(uncounted()) } else { Ok(()) }
+    };
+    let clusters = |range: &Range<u64>| range.start >> cluster_bits..range.end.div_ceil(1 << cluster_bits);
+    let tables = clusters(&(0..1)).chain(clusters(table)).chain(clusters(&header.l1));
+    let own = blocks.iter().filter(|&&block| block != 0).map(|block| block >> cluster_bits);
+    tables.chain(own).try_for_each(check)
 }
 
 fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
@@ -83,7 +126,14 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
     if refcounts > MAX_REFCOUNT_TABLE.max(cluster) {
         return Err(damaged("its reference count table is too large"));
     }
-    table(field64(48)?, refcounts.max(8), "reference count table")?;
+    let counts_at = field64(48)?;
+    table(counts_at, refcounts.max(8), "reference count table")?;
+    let mut counts = Counts {
+        table: counts_at..counts_at + refcounts,
+        cluster_bits,
+        // Of version 2 all are 16 bits wide.
+        width_log2: 4,
+    };
 
     let mut extensions = None;
     if version == 3 {
@@ -92,12 +142,13 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
         if field(96)? > 6 || !(104..=cluster).contains(&header) {
             return Err(damaged("its header has impossible values"));
         }
+        counts.width_log2 = field(96)?;
         extensions = Some(header as usize);
     }
 
     let name_at = field64(8)?;
     if name_at == 0 {
-        return Ok(Header { backing: None, l1 });
+        return Ok(Header { backing: None, l1, counts });
     }
     let name = usize::try_from(name_at)
         .ok()
@@ -132,7 +183,7 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
         }
         extensions = (kind != 0).then(|| at + 8 + length.next_multiple_of(8));
     }
-    Ok(Header { backing: Some(Backing { name: name.into(), format }), l1 })
+    Ok(Header { backing: Some(Backing { name: name.into(), format }), l1, counts })
 }
 
 /// Refuses what an image demands of those who open it, and `imago` does not know, with a way out for each.

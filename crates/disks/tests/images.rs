@@ -138,3 +138,20 @@ fn threads_share_a_disk() {
         }
     }
 }
+
+#[test]
+fn of_a_disk_that_is_smaller_than_a_cluster_only_what_is_asked_becomes_zero() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.qcow2");
+    disks::create(&path, Format::Qcow2, 8192, None).unwrap();
+    let disk = Disk::open(&path, &Options { format: Some(Format::Qcow2), read_only: false }).unwrap();
+    disk.write(0, &[7; 8192]).unwrap();
+    disk.write_zeroes(512, 512, false).unwrap();
+    disk.discard(2048, 512).unwrap();
+    let mut bytes = [1; 8192];
+    disk.read(0, &mut bytes).unwrap();
+    for (at, byte) in bytes.iter().enumerate() {
+        let zero = (512..1024).contains(&at) || (2048..2560).contains(&at);
+        assert_eq!(*byte, if zero { 0 } else { 7 }, "at {at}");
+    }
+}
