@@ -21,7 +21,8 @@ read -r _ _ version _ </proc/version
 [ -n "$run" ] || leave=' Type "poweroff" to leave.'
 echo "Lodge: Linux $version, $(nproc) CPUs, $((memory / 1024)) MiB.$leave"
 if [ -n "$run" ]; then
-    setsid -c sh -c "$run" <"$tty" >"$tty" 2>&1
+    # The end of a session throws away what its terminal has not written yet; setting the terminal waits for that.
+    setsid -c sh -c 'sh -c "$1"; status=$?; stty opost; exit $status' sh "$run" <"$tty" >"$tty" 2>&1
     echo "Lodge: the command ended with status $?."
 else
     setsid -c sh -l <"$tty" >"$tty" 2>&1
