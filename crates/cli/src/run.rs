@@ -219,21 +219,19 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
     let system = system::instance(args, file.mirror.as_deref(), engine)?;
     let whole = system.is_some();
     let disk = boot_disk(args, whole)?;
-    let (mut boot, mut disks) = match (system, &args.firmware, &disk) {
-        (Some(system), None, _) => match system.start {
-            Start::Kernel(boot) => (boot, system.disks),
-            Start::Firmware(known) => {
-                let mirror = args.mirror.clone().or_else(|| file.mirror.clone());
-                (Boot::Firmware(crate::firmware::open(args, Some(known), mirror)?), system.disks)
-            }
-        },
-        (None, None, None) => (kernel(args, file.mirror.as_deref())?, Vec::new()),
-        (system, ..) => {
-            let firmware =
-                crate::firmware::open(args, None, args.mirror.clone().or_else(|| file.mirror.clone()))?;
-            (Boot::Firmware(firmware), system.map_or_else(Vec::new, |system| system.disks))
+    let (start, disks) = system.map(|system| (system.start, system.disks)).unzip();
+    let mut boot = match (start, &args.firmware, &disk) {
+        (Some(Start::Kernel(boot)), None, _) => boot,
+        (None, None, None) => kernel(args, file.mirror.as_deref())?,
+        (start, ..) => {
+            let known = match start {
+                Some(Start::Firmware(known)) => Some(known),
+                _ => None,
+            };
+            Boot::Firmware(crate::firmware::open(args, known, args.mirror.clone().or(file.mirror))?)
         }
     };
+    let mut disks: Vec<vm::Disk> = disks.unwrap_or_default();
     let memory = match (args.memory, &file.memory) {
         (Some(bytes), _) => bytes,
         (None, Some(text)) => crate::args::parse_size(text)

@@ -16,6 +16,8 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt, StorageOpenOptions};
 
+use crate::qcow2::Place;
+
 /// The bits of a table's entry that are an offset.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
@@ -55,25 +57,20 @@ impl File {
         let cluster_bits = field(20).clamp(9, 21);
         // Of version 2 all are 16 bits wide.
         let width_log2 = if field(4) >= 3 { field(96).min(6) } else { 4 };
-        let in_block = 8u64 << cluster_bits >> width_log2;
-        let cluster = offset >> cluster_bits;
+        let place = Place::of(offset >> cluster_bits, cluster_bits, width_log2);
         let table = u64::from(field(48)) << 32 | u64::from(field(52));
         let mut entry = [0; 8];
-        self.host.read(&mut entry[..], table.saturating_add(cluster / in_block * 8))?;
+        self.host.read(&mut entry[..], table.saturating_add(place.block * 8))?;
         let block = u64::from_be_bytes(entry) & !0x1ff;
         if block == 0 {
             // `imago` writes that at once.
             return Err(io::Error::other("a cluster was allocated that no reference count block is for"));
         }
-        let bit = (cluster % in_block) << width_log2;
-        let (at, width) = (block.saturating_add(bit / 8), 1usize << width_log2);
-        // Big-endian numbers; those that are narrower than a byte begin at its lowest bit.
-        let mut count = vec![0; width.div_ceil(8)];
+        let at = block.saturating_add(place.at);
+        let mut count = vec![0; place.len];
         self.host.read(&mut count[..], at)?;
-        let mask = if width < 8 { (((1u16 << width) - 1) << (bit % 8)) as u8 } else { 0xff };
-        if count.iter().all(|byte| byte & mask == 0) {
-            let last = count.len() - 1;
-            count[last] |= if width < 8 { 1 << (bit % 8) } else { 1 };
+        if place.is_zero(&count) {
+            place.set_one(&mut count);
             self.host.write(&count[..], at)?;
         }
         Ok(())

@@ -49,6 +49,47 @@ pub fn check(image: &Image) -> Result<Header, Error> {
     parse(&first, image.len, &image.path)
 }
 
+/// Where the count of a cluster is: one of `1 << width_log2` bits.
+pub struct Place {
+    /// The number of its block in the table of these blocks.
+    pub block: u64,
+    /// Its first byte in the block.
+    pub at: u64,
+    /// Its bytes: a big-endian number, or a part of one byte that begins at its lowest bit.
+    pub len: usize,
+    /// The bits of each byte that are its own.
+    mask: u8,
+    /// The lowest of them.
+    one: u8,
+}
+
+impl Place {
+    pub fn of(cluster: u64, cluster_bits: u32, width_log2: u32) -> Self {
+        let in_block = 8u64 << cluster_bits >> width_log2;
+        let (bit, width) = ((cluster % in_block) << width_log2, 1usize << width_log2);
+        let (mask, shift) = if width < 8 { ((1u8 << width) - 1, bit % 8) } else { (0xff, 0) };
+        Self {
+            block: cluster / in_block,
+            at: bit / 8,
+            len: width.div_ceil(8),
+            mask: mask << shift,
+            one: 1 << shift,
+        }
+    }
+
+    /// Whether the count in these bytes is 0.
+    pub fn is_zero(&self, count: &[u8]) -> bool {
+        count.iter().all(|byte| byte & self.mask == 0)
+    }
+
+    /// Makes a count of 0 one of 1.
+    pub fn set_one(&self, count: &mut [u8]) {
+        if let Some(last) = count.last_mut() {
+            *last |= self.one;
+        }
+    }
+}
+
 /// Checks that an image that is to be written to counts the clusters of its own tables as used. Otherwise they would be given
 /// away, the header first, and `imago` 0.2.6 may even call itself without end.
 pub fn check_counts(image: &Image, header: &Header) -> Result<(), Error> {
@@ -60,20 +101,16 @@ pub fn check_counts(image: &Image, header: &Header) -> Result<(), Error> {
     image.file.read_exact_at(&mut bytes, table.start).map_err(failed)?;
     let blocks: Vec<u64> =
         bytes.chunks_exact(8).map(|e| u64::from_be_bytes(e.try_into().unwrap_or_default())).collect();
-    let in_block = 8u64 << cluster_bits >> width_log2;
     let check = |cluster: u64| {
-        let block = blocks.get((cluster / in_block) as usize).copied().unwrap_or(0);
+        let place = Place::of(cluster, *cluster_bits, *width_log2);
+        let block = blocks.get(place.block as usize).copied().unwrap_or(0);
         let inside = block.checked_add(1 << cluster_bits).is_some_and(|end| end <= image.len);
         if block == 0 || !block.is_multiple_of(1 << cluster_bits) || !inside {
             return Err(uncounted());
         }
-        let bit = (cluster % in_block) << width_log2;
-        let mut count = vec![0; (1usize << width_log2).div_ceil(8)];
-        image.file.read_exact_at(&mut count, block + bit / 8).map_err(failed)?;
-        // Those that are narrower than a byte begin at its lowest bit.
-        let mask =
-            if *width_log2 < 3 { (((1u16 << (1 << width_log2)) - 1) << (bit % 8)) as u8 } else { 0xff };
-        if count.iter().all(|byte| byte & mask == 0) { Err(uncounted()) } else { Ok(()) }
+        let mut count = vec![0; place.len];
+        image.file.read_exact_at(&mut count, block + place.at).map_err(failed)?;
+        if place.is_zero(&count) { Err(uncounted()) } else { Ok(()) }
     };
     let clusters = |range: &Range<u64>| range.start >> cluster_bits..range.end.div_ceil(1 << cluster_bits);
     let tables = clusters(&(0..1)).chain(clusters(table)).chain(clusters(&header.l1));
