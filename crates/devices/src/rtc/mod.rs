@@ -85,7 +85,7 @@ impl Rtc {
             let weak = weak.clone();
             let timer = timers.timer(move || {
                 if let Some(rtc) = weak.upgrade() {
-                    rtc.settle(lock(&rtc.state));
+                    rtc.settle(lock(&rtc.state), rtc.clock.now());
                 }
             });
             Self { state: Mutex::new(state), irq, clock, timer }
@@ -109,12 +109,14 @@ impl Rtc {
         state.bytes.resize(256, 0);
         let mut ours = lock(&self.state);
         *ours = state;
-        self.settle(ours);
+        self.settle(ours, self.clock.now());
     }
 
-    /// After a change, or when time has gone on: the flags, the interrupt, the next time to look.
-    fn settle(&self, mut state: MutexGuard<'_, State>) {
-        let now = self.clock.now();
+    /// After a change, or when time has gone on to `now`: the flags, the interrupt, the next time to look.
+    ///
+    /// An access happens at one time. If register C, just read, were raised by a later look at the clock, the line would not
+    /// fall between, and a controller that waits for an edge would wait for ever.
+    fn settle(&self, mut state: MutexGuard<'_, State>, now: u64) {
         state.catch_up(now);
         let irq = state.bytes[reg::C] & state.bytes[reg::B] & (b::PERIODIC | b::ALARM | b::UPDATED) != 0;
         state.bytes[reg::C] = state.bytes[reg::C] & !IRQ | if irq { IRQ } else { 0 };
@@ -125,14 +127,13 @@ impl Rtc {
         }
     }
 
-    fn read_byte(&self, state: &mut State, offset: u64) -> u8 {
+    fn read_byte(&self, state: &mut State, now: u64, offset: u64) -> u8 {
         let index = match offset {
             1 => usize::from(state.index[0]),
             3 => usize::from(state.index[1]) | 0x80,
             // The index cannot be read.
             _ => return 0xff,
         };
-        let now = self.clock.now();
         match index {
             0..=9 | reg::CENTURY if state.running() => {
                 state.show(now);
@@ -147,7 +148,7 @@ impl Rtc {
         }
     }
 
-    fn write_byte(&self, state: &mut State, offset: u64, value: u8) {
+    fn write_byte(&self, state: &mut State, now: u64, offset: u64, value: u8) {
         let index = match offset {
             0 | 2 => {
                 // Bit 7 of the first index masks NMIs, which nobody sends.
@@ -158,7 +159,6 @@ impl Rtc {
             3 => usize::from(state.index[1]) | 0x80,
             _ => return,
         };
-        let now = self.clock.now();
         match index {
             reg::SECONDS_ALARM | reg::MINUTES_ALARM | reg::HOURS_ALARM => state.bytes[index] = value,
             0..=9 | reg::CENTURY if state.running() => {
@@ -336,21 +336,23 @@ fn memory_bytes(ram: u64) -> Vec<u8> {
 impl Registers for Rtc {
     fn read(&self, offset: u64, size: u8) -> u64 {
         let mut state = lock(&self.state);
-        state.catch_up(self.clock.now());
+        let now = self.clock.now();
+        state.catch_up(now);
         let value = read_bytes(offset, size, |offset| {
             // Register C's bit 7 is to be right when read.
             let flags = state.bytes[reg::C] & state.bytes[reg::B] & (b::PERIODIC | b::ALARM | b::UPDATED);
             state.bytes[reg::C] |= if flags != 0 { IRQ } else { 0 };
-            self.read_byte(&mut state, offset)
+            self.read_byte(&mut state, now, offset)
         });
-        self.settle(state);
+        self.settle(state, now);
         value
     }
 
     fn write(&self, offset: u64, size: u8, value: u64) {
         let mut state = lock(&self.state);
-        state.catch_up(self.clock.now());
-        write_bytes(offset, size, value, |offset, value| self.write_byte(&mut state, offset, value));
-        self.settle(state);
+        let now = self.clock.now();
+        state.catch_up(now);
+        write_bytes(offset, size, value, |offset, value| self.write_byte(&mut state, now, offset, value));
+        self.settle(state, now);
     }
 }

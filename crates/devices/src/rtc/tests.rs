@@ -102,6 +102,20 @@ fn periodic_interrupts_come_as_fast_as_they_are_read() {
 }
 
 #[test]
+fn a_read_of_the_flags_lowers_the_line_whatever_the_clock_does_meanwhile() {
+    // Time goes on in the clock only, so nothing but the reads changes the line.
+    let (_, timers) = time();
+    let (irq, pin) = probe();
+    let rtc = Rtc::new(irq, Arc::new(Clock::host(1_000_000)), &timers, SystemTime::UNIX_EPOCH, 1 << 30);
+    put(&rtc, 0xa, 0x23); // 8,192 Hz
+    put(&rtc, 0xb, 0x40);
+    for _ in 0..100_000 {
+        get(&rtc, 0xc);
+        assert!(!pin.level());
+    }
+}
+
+#[test]
 fn memory_is_told_in_every_form() {
     let (rtc, ..) = rtc(5 << 30);
     let word = |index| get(&rtc, index) | get(&rtc, index + 1) << 8;
