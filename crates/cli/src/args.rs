@@ -324,8 +324,9 @@ pub struct Run {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
 
-    /// A disk: an image (raw, qcow2, VMDK) or a block device. `readonly`, `serial=TEXT` and `bus=` (virtio, virtio-packed, nvme, sata) may follow, and
-    /// `format=` (raw, qcow2, vmdk), which is found out if absent; a comma in the path is doubled. May be given several times
+    /// A disk: an image (raw, qcow2, VMDK) or a block device. `readonly`, `serial=TEXT`, `bus=` (virtio, virtio-packed, nvme, sata), `cache=`
+    /// (writeback, writethrough, none, directsync, unsafe: as QEMU's) and `format=` (raw, qcow2, vmdk), which is found out if absent, may
+    /// follow; a comma in the path is doubled. May be given several times
     #[arg(long, value_name = "PATH[,OPTION…]", help_heading = "Disks", value_parser = crate::disk::parse)]
     pub disk: Vec<crate::disk::Disk>,
     /// A CD-ROM drive with this image in it. May be given several times

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use disks::{Format, Options};
+use disks::{Cache, Format, Options};
 use vm::DiskBus;
 
 /// What is said of a disk on the command line.
@@ -22,7 +22,7 @@ impl Disk {
     }
 }
 
-/// Reads `PATH[,format=FORMAT][,readonly][,serial=TEXT][,bus=BUS]`; `,,` is a comma of the path's.
+/// Reads `PATH[,format=FORMAT][,readonly][,cache=CACHE][,serial=TEXT][,bus=BUS]`; `,,` is a comma of the path's.
 pub fn parse(text: &str) -> Result<Disk, String> {
     let mut parts = split(text).into_iter();
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("give the path of an image")?;
@@ -34,6 +34,7 @@ pub fn parse(text: &str) -> Result<Disk, String> {
             Some(("format", "raw")) => disk.options.format = Some(Format::Raw),
             Some(("format", "qcow2")) => disk.options.format = Some(Format::Qcow2),
             Some(("format", "vmdk")) => disk.options.format = Some(Format::Vmdk),
+            Some(("cache", word)) => disk.options.cache = cache(word)?,
             Some(("bus", "virtio")) => disk.bus = DiskBus::Virtio,
             Some(("bus", "virtio-packed")) => disk.bus = DiskBus::VirtioPacked,
             Some(("bus", "nvme")) => disk.bus = DiskBus::Nvme,
@@ -46,12 +47,20 @@ pub fn parse(text: &str) -> Result<Disk, String> {
             }
             _ => {
                 return Err(format!(
-                    "\"{part}\" is not known of disks; there are format=, readonly, serial= and bus="
+                    "\"{part}\" is not known of disks; there are format=, readonly, cache=, serial= and bus="
                 ));
             }
         }
     }
     Ok(disk)
+}
+
+fn cache(word: &str) -> Result<Cache, String> {
+    let known = Cache::WORDS.iter().find(|(known, _)| *known == word);
+    known.map(|&(_, cache)| cache).ok_or_else(|| {
+        let words = Cache::WORDS.map(|(word, _)| word).join(", ");
+        format!("\"{word}\" is no way to cache; there are {words}")
+    })
 }
 
 /// The parts between single commas.
@@ -81,7 +90,7 @@ pub fn open<'a>(disks: impl IntoIterator<Item = &'a Disk>) -> Result<Vec<vm::Dis
 
 /// Opens what is in CD-ROM drives: images as they are on a CD, which others may read, too.
 pub fn open_cds(paths: &[PathBuf]) -> Result<Vec<Arc<disks::Disk>>, disks::Error> {
-    let options = Options { format: Some(Format::Raw), read_only: true };
+    let options = Options { format: Some(Format::Raw), read_only: true, ..Default::default() };
     let open = |path: &PathBuf| Ok(Arc::new(disks::Disk::open(path, &options)?));
     paths.iter().map(open).collect()
 }
@@ -92,9 +101,9 @@ mod tests {
 
     #[test]
     fn options_follow_the_path() {
-        let disk = parse("a,,b.img,readonly,format=qcow2,serial=x=y,bus=sata").unwrap();
+        let disk = parse("a,,b.img,readonly,format=qcow2,cache=unsafe,serial=x=y,bus=sata").unwrap();
         let serial = Some("x=y".to_owned());
-        let options = Options { format: Some(Format::Qcow2), read_only: true };
+        let options = Options { format: Some(Format::Qcow2), read_only: true, cache: Cache::Unsafe };
         let expected = Disk { path: "a,b.img".into(), options, serial, bus: DiskBus::Sata };
         assert_eq!(disk, expected);
     }
@@ -106,6 +115,7 @@ mod tests {
             ("a,rw", "\"rw\""),
             ("a,format=iso", "\"iso\""),
             ("a,bus=ide", "\"ide\""),
+            ("a,cache=all", "writethrough"),
             (",readonly", "path"),
         ] {
             let error = parse(text).unwrap_err();

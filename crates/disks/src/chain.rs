@@ -2,14 +2,19 @@
 
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use imago::format::gate::ImplicitOpenGate;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Storage, StorageOpenOptions};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
-use crate::file::File as ImageFile;
+use crate::file::{File as ImageFile, Shown};
 use crate::locks::Locks;
+use crate::vmdk::{self, Sparse};
+use crate::zstd::Zstd;
 use crate::{Error, Format, qcow2, raw};
 
 /// How many images may lie over one another.
@@ -64,6 +69,8 @@ pub struct Chain {
     /// The images so far, from the topmost on: which files they are.
     above: Vec<(u64, u64)>,
     pub locks: Locks,
+    /// Whether files are read and written past the host's cache.
+    pub direct: bool,
 }
 
 /// Opens what an image lies over, then the image.
@@ -71,24 +78,33 @@ pub fn open(image: Image, write: bool, chain: &mut Chain) -> Result<Layer, Error
     let path = image.path.clone();
     let failed = |error| Error::io("open", &path, error);
     chain.above.push(image.id);
-    let deny = DenyImplicitOpenGate::default;
     match image.format {
         Format::Raw => {
-            let file = ImageFile::new(image.file, None).map_err(failed)?;
-            Ok(FormatAccess::new(imago::raw::Raw::builder(file).open(deny()).map_err(failed)?))
+            let file = ImageFile::new(host(image.file, chain.direct).map_err(failed)?, Shown::Whole);
+            open_raw(file, false, &path)
         }
         Format::Qcow2 => {
-            let header = qcow2::check(&image)?;
+            let mut header = qcow2::check(&image)?;
             if write {
                 qcow2::check_counts(&image, &header)?;
             }
-            let below = match header.backing {
+            let below = match header.backing.take() {
                 Some(backing) => Some(open_backing(&path, backing, chain)?),
                 None => None,
             };
-            let file = ImageFile::new(image.file, write.then_some(header.l1)).map_err(failed)?;
-            let builder = imago::qcow2::Qcow2::builder(file).backing(below).data_file(None).write(write);
-            Ok(FormatAccess::new(builder.open(deny()).map_err(failed)?))
+            let file = |write: bool| {
+                let shown = Shown::Qcow2 { l1: write.then(|| header.l1.clone()), masks: header.masks() };
+                Ok(ImageFile::new(host(image.file.try_clone()?, chain.direct)?, shown))
+            };
+            let builder = imago::qcow2::Qcow2::builder(file(write).map_err(failed)?);
+            let open =
+                builder.backing(below).data_file(None).write(write).open(DenyImplicitOpenGate::default());
+            let open = open.map_err(failed)?;
+            if header.zstd {
+                let again = file(false).map_err(failed)?;
+                return Ok(FormatAccess::new(Zstd::new(open, again, &header).map_err(failed)?));
+            }
+            Ok(FormatAccess::new(open))
         }
         Format::Vmdk => open_vmdk(image, chain),
     }
@@ -115,13 +131,42 @@ fn open_backing(overlay: &Path, backing: qcow2::Backing, chain: &mut Chain) -> R
     open(image, false, chain)
 }
 
+/// Bytes as they are.
+fn open_raw(file: ImageFile, write: bool, path: &Path) -> Result<Layer, Error> {
+    let raw = imago::raw::Raw::builder(file).write(write).open(DenyImplicitOpenGate::default());
+    Ok(FormatAccess::new(raw.map_err(|error| Error::io("open", path, error))?))
+}
+
+/// A raw image's file past the host's cache.
+pub fn past_cache(image: &Image, write: bool) -> Result<Layer, Error> {
+    let failed = |error| Error::io("open", &image.path, error);
+    let host = host(image.file.try_clone().map_err(failed)?, true).map_err(failed)?;
+    open_raw(ImageFile::new(host, Shown::Whole), write, &image.path)
+}
+
+/// A file for `imago`; if `direct`, opened anew past the host's cache.
+fn host(file: File, direct: bool) -> io::Result<imago::file::File> {
+    if !direct {
+        return file.try_into();
+    }
+    let access = rustix::fs::fcntl_getfl(&file)? & OFlags::ACCMODE;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let file = rustix::fs::open(path, access | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty());
+    let file = file.map_err(|error| match error {
+        Errno::INVAL => {
+            io::Error::other("its file system has no access past the host's cache; choose another cache=")
+        }
+        error => error.into(),
+    })?;
+    File::from(file).try_into()
+}
+
 fn open_vmdk(image: Image, chain: &mut Chain) -> Result<Layer, Error> {
     let failed = |error| Error::io("open", &image.path, error);
-    if raw::head(&image.file).map_err(failed)?.starts_with(b"KDMV") {
-        return Err(Error::unsupported(
-            &image.path,
-            "sparse VMDK; convert it with qemu-img convert -O qcow2",
-        ));
+    if raw::head(&image.file).map_err(failed)?.starts_with(vmdk::MAGIC) {
+        let host = host(image.file.try_clone().map_err(failed)?, chain.direct).map_err(failed)?;
+        let sparse = Sparse::open(&image, &host)?;
+        return open_raw(ImageFile::new(host, Shown::Sparse(sparse)), false, &image.path);
     }
     let extents = Extents { folder: folder(&image.path), locks: &mut chain.locks };
     // By path, not by the open file: only so does imago know the folder of the extents.

@@ -4,6 +4,9 @@
 //! refers to it: an image whose process was killed in between would give that cluster away a second time. `imago` keeps to that
 //! for data, but it writes a new cluster table's place into the table of these tables (L1) at once, while the count waits in its
 //! cache. So whoever writes L1 through here counts what it refers to first.
+//!
+//! This is also where a file can be shown as what it is not: a header without what `imago` does not know and this crate does (see
+//! `zstd`), or a sparse VMDK as the bytes of its disk (see `vmdk`).
 
 use std::fmt;
 use std::io;
@@ -16,23 +19,42 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt, StorageOpenOptions};
 
-use crate::qcow2::Place;
+use crate::qcow2::{Mask, Place};
+use crate::vmdk::Sparse;
 
 /// The bits of a table's entry that are an offset.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// The bytes that may be masked are below.
+const HEADER: u64 = 104;
 
 /// An image's file.
 #[derive(Debug)]
 pub struct File {
     host: HostFile,
-    /// Where the L1 table of a qcow2 image is that is written.
-    l1: Option<Range<u64>>,
+    shown: Shown,
     helper: CommonStorageHelper,
 }
 
+/// How a file is shown.
+#[derive(Debug)]
+pub enum Shown {
+    /// As it is.
+    Whole,
+    /// As a qcow2 image,
+    Qcow2 {
+        /// whose L1 table is here, if it is written,
+        l1: Option<Range<u64>>,
+        /// with these bytes other than they are.
+        masks: Vec<Mask>,
+    },
+    /// As the disk in it, to read.
+    Sparse(Sparse),
+}
+
 impl File {
-    pub fn new(file: std::fs::File, l1: Option<Range<u64>>) -> io::Result<File> {
-        Ok(File { host: file.try_into()?, l1, helper: CommonStorageHelper::default() })
+    pub fn new(host: HostFile, shown: Shown) -> File {
+        File { host, shown, helper: CommonStorageHelper::default() }
     }
 
     /// Counts the clusters that these entries of the L1 table, about to be written at `offset`, refer to.
@@ -88,7 +110,7 @@ impl fmt::Display for File {
 #[allow(unsafe_code)]
 impl Storage for File {
     fn open(options: StorageOpenOptions) -> io::Result<Self> {
-        Ok(File { host: HostFile::open(options)?, l1: None, helper: CommonStorageHelper::default() })
+        Ok(File::new(HostFile::open(options)?, Shown::Whole))
     }
 
     fn mem_align(&self) -> usize {
@@ -108,7 +130,10 @@ impl Storage for File {
     }
 
     fn size(&self) -> io::Result<u64> {
-        self.host.size()
+        match &self.shown {
+            Shown::Sparse(disk) => Ok(disk.size),
+            _ => self.host.size(),
+        }
     }
 
     fn resolve_relative_path<P: AsRef<Path>>(&self, relative: P) -> io::Result<PathBuf> {
@@ -119,18 +144,39 @@ impl Storage for File {
         self.host.get_filename()
     }
 
-    unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
-        self.host.readv(bufv, offset)
+    unsafe fn pure_readv(&self, mut bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        let masked =
+            offset < HEADER && matches!(&self.shown, Shown::Qcow2 { masks, .. } if !masks.is_empty());
+        if !masked && !matches!(self.shown, Shown::Sparse(_)) {
+            return self.host.readv(bufv, offset);
+        }
+        let mut bytes = vec![0; bufv.len() as usize];
+        match &self.shown {
+            Shown::Sparse(disk) => disk.read(&self.host, offset, &mut bytes)?,
+            _ => self.host.read(&mut bytes[..], offset)?,
+        }
+        if let Shown::Qcow2 { masks, .. } = &self.shown {
+            masks.iter().for_each(|mask| mask.put(&mut bytes, offset, mask.shown));
+        }
+        bufv.copy_from_slice(&bytes);
+        Ok(())
     }
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
-        match &self.l1 {
+        let Shown::Qcow2 { l1, masks } = &self.shown else { return self.host.writev(bufv, offset) };
+        match l1 {
             Some(l1) if offset < l1.end && offset.saturating_add(bufv.len()) > l1.start => {
                 self.count_tables(&bufv, offset, l1)?;
             }
             _ => {}
         }
-        self.host.writev(bufv, offset)
+        if offset >= HEADER || masks.is_empty() {
+            return self.host.writev(bufv, offset);
+        }
+        let mut bytes = vec![0; bufv.len() as usize];
+        bufv.copy_into_slice(&mut bytes);
+        masks.iter().for_each(|mask| mask.put(&mut bytes, offset, mask.real));
+        self.host.write(&bytes[..], offset)
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {

@@ -2,8 +2,9 @@
 //!
 //! [`Disk`] is an open image with everything below it, read and written by byte offset from as many threads as one likes; each
 //! call blocks until the host has done it. Raw images are the host's file itself. For qcow2 (versions 2 and 3, backing chains,
-//! deflate-compressed clusters) and VMDK (a descriptor with flat extents, to read only) the library `imago` does the work; this
-//! crate finds the files of a chain, checks their headers before `imago` allocates by them, and locks them.
+//! compressed clusters) and VMDK (to read only) the library `imago` does the work; this crate finds the files of a chain, checks their
+//! headers before `imago` allocates by them, locks them, and reads what `imago` does not know: clusters compressed by zstd, and
+//! VMDK files that are not flat.
 //!
 //! # Locks
 //!
@@ -38,6 +39,8 @@ mod file;
 mod locks;
 mod qcow2;
 mod raw;
+mod vmdk;
+mod zstd;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -66,7 +69,7 @@ impl Format {
     fn detect(head: &[u8; MAGIC]) -> Format {
         if head.starts_with(b"QFI\xfb") {
             Format::Qcow2
-        } else if head.starts_with(b"KDMV") || head == b"# Disk DescriptorFile" {
+        } else if head.starts_with(vmdk::MAGIC) || head == b"# Disk DescriptorFile" {
             Format::Vmdk
         } else {
             Format::Raw
@@ -91,6 +94,43 @@ pub struct Options {
     pub format: Option<Format>,
     /// Never write to it, and let others read it meanwhile. VMDK images need this.
     pub read_only: bool,
+    /// What becomes of what is written.
+    pub cache: Cache,
+}
+
+/// Where what is written may wait, in QEMU's words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// In the host's cache, until it is flushed.
+    #[default]
+    Writeback,
+    /// Nowhere: each write is flushed, by way of the host's cache.
+    Writethrough,
+    /// In the disk's own cache, until it is flushed: the host's is passed by (O_DIRECT).
+    None,
+    /// Nowhere: each write is flushed, and the host's cache passed by.
+    Directsync,
+    /// Wherever it likes: nothing is ever flushed. For what may be lost when the host stops.
+    Unsafe,
+}
+
+impl Cache {
+    /// All of them, by the words of the command line.
+    pub const WORDS: [(&str, Cache); 5] = [
+        ("writeback", Cache::Writeback),
+        ("writethrough", Cache::Writethrough),
+        ("none", Cache::None),
+        ("directsync", Cache::Directsync),
+        ("unsafe", Cache::Unsafe),
+    ];
+
+    fn direct(self) -> bool {
+        matches!(self, Cache::None | Cache::Directsync)
+    }
+
+    fn through(self) -> bool {
+        matches!(self, Cache::Writethrough | Cache::Directsync)
+    }
 }
 
 /// An open disk image. Dropping it unlocks its files; what was not flushed then is the host's to write back.
@@ -100,6 +140,7 @@ pub struct Disk {
     format: Format,
     size: u64,
     read_only: bool,
+    cache: Cache,
     store: Store,
     _locks: locks::Locks,
 }
@@ -142,6 +183,7 @@ impl Disk {
     pub fn open(path: &Path, options: &Options) -> Result<Disk, Error> {
         let write = !options.read_only;
         let mut chain = chain::Chain::default();
+        chain.direct = options.cache.direct();
         let image = chain::Image::open(path, options.format, write, &mut chain.locks)?;
         let format = image.format;
         if format == Format::Vmdk && write {
@@ -151,7 +193,8 @@ impl Disk {
             ));
         }
         let (size, store) = if format == Format::Raw {
-            (image.len, Store::Raw(raw::Raw::new(image.file, options.format.is_none())))
+            let direct = chain.direct.then(|| chain::past_cache(&image, write)).transpose()?;
+            (image.len, Store::Raw(raw::Raw::new(image.file, options.format.is_none(), direct)))
         } else {
             let layer = chain::open(image, write, &mut chain)?;
             (layer.size(), Store::Layered(Box::new(RwLock::new(layer))))
@@ -161,6 +204,7 @@ impl Disk {
             format,
             size,
             read_only: options.read_only,
+            cache: options.cache,
             store,
             _locks: chain.locks,
         })
@@ -173,11 +217,15 @@ impl Disk {
         let other = match image.format {
             Format::Raw => None,
             Format::Qcow2 => qcow2::check(&image)?.backing.map(|backing| backing.name),
-            Format::Vmdk => Some("other files, as VMDK images do".into()),
+            Format::Vmdk if raw::head(&image.file).is_ok_and(|head| head.starts_with(vmdk::MAGIC)) => None,
+            Format::Vmdk => Some("other files, as VMDK images do that have a descriptor of their own".into()),
         };
         match other {
             Some(other) => Err(Error::NotAlone { path: path.to_owned(), other }),
-            None => Disk::open(path, &Options { format: Some(image.format), read_only: true }),
+            None => {
+                let format = Some(image.format);
+                Disk::open(path, &Options { format, read_only: true, ..Options::default() })
+            }
         }
     }
 
@@ -211,25 +259,33 @@ impl Disk {
         self.check_write(offset, from.len() as u64)?;
         match &self.store {
             Store::Raw(raw) => match raw.write(offset, from) {
-                Ok(Format::Raw) => return Ok(()),
+                Ok(Format::Raw) => Ok(()),
                 Ok(forged) => return Err(Error::Forged { path: self.path.clone(), format: forged }),
                 Err(error) => Err(error),
             },
             Store::Layered(layer) => write_layered(layer, offset, from),
         }
-        .map_err(|error| Error::io("write", &self.path, error))
+        .map_err(|error| Error::io("write", &self.path, error))?;
+        self.written()
     }
 
-    /// Returns when everything written so far, data and metadata, is on stable storage.
+    /// After each change: with some caches it must not wait.
+    fn written(&self) -> Result<(), Error> {
+        if self.cache.through() { self.flush() } else { Ok(()) }
+    }
+
+    /// Returns when everything written so far, data and metadata, is on stable storage ([`Cache::Unsafe`]: is with the host).
     pub fn flush(&self) -> Result<(), Error> {
         if self.read_only {
             return Ok(());
         }
+        let sync = self.cache != Cache::Unsafe;
         match &self.store {
-            Store::Raw(raw) => raw.flush(),
+            Store::Raw(raw) if sync => raw.flush(),
+            Store::Raw(_) => Ok(()),
             Store::Layered(layer) => {
                 let layer = held(layer.read());
-                layer.flush().and_then(|()| layer.sync())
+                layer.flush().and_then(|()| if sync { layer.sync() } else { Ok(()) })
             }
         }
         .map_err(|error| Error::io("flush", &self.path, error))
@@ -247,7 +303,8 @@ impl Disk {
             Store::Layered(layer) => held(layer.write()).discard_to_zero(offset, len),
         }
         .or_else(|error| if error.kind() == std::io::ErrorKind::Unsupported { Ok(()) } else { Err(error) })
-        .map_err(|error| Error::io("discard a part of", &self.path, error))
+        .map_err(|error| Error::io("discard a part of", &self.path, error))?;
+        self.written()
     }
 
     /// Whether the disk is smaller than the largest cluster: of one that is smaller than its own clusters `imago` 0.2.6 makes
@@ -278,7 +335,8 @@ impl Disk {
                 let step = (len - done).min(zeroes.len() as u64);
                 self.write(offset + done, &zeroes[..step as usize])
             })
-        })
+        })?;
+        self.written()
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<(), Error> {

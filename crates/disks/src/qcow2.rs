@@ -14,6 +14,30 @@ const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 
+/// Where the size of the disk is in the header, its incompatible features, and what compresses clusters.
+const SIZE_AT: usize = 24;
+const FEATURES_AT: usize = 72;
+const COMPRESSION_AT: usize = 104;
+const ZSTD: u64 = 1 << 3;
+
+/// A byte of a file that is shown as another.
+#[derive(Debug)]
+pub struct Mask {
+    at: u64,
+    pub real: u8,
+    pub shown: u8,
+}
+
+impl Mask {
+    /// Puts `byte` at its place in what is read or written at `offset`.
+    pub fn put(&self, bytes: &mut [u8], offset: u64, byte: u8) {
+        let at = self.at.checked_sub(offset).and_then(|at| bytes.get_mut(usize::try_from(at).ok()?));
+        if let Some(at) = at {
+            *at = byte;
+        }
+    }
+}
+
 /// What an overlay says of the image below it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Backing {
@@ -28,7 +52,31 @@ pub struct Header {
     pub backing: Option<Backing>,
     /// Where in the file the table of the cluster tables is.
     pub l1: Range<u64>,
+    /// The size of the disk.
+    pub size: u64,
+    /// Whether compressed clusters are zstd's.
+    pub zstd: bool,
     counts: Counts,
+}
+
+impl Header {
+    /// The size of a cluster: its logarithm.
+    pub fn cluster_bits(&self) -> u32 {
+        self.counts.cluster_bits
+    }
+
+    /// What to show instead of the header of an image with zstd: one without, whose disk ends with its last cluster. For to write up
+    /// to an end inside it, `imago` would unpack that cluster itself.
+    pub fn masks(&self) -> Vec<Mask> {
+        if !self.zstd {
+            return Vec::new();
+        }
+        let whole = self.size.next_multiple_of(1 << self.cluster_bits());
+        let size = (SIZE_AT..).zip(self.size.to_be_bytes()).zip(whole.to_be_bytes());
+        let (real, shown) = (ZSTD.to_be_bytes(), [0; 8]);
+        let features = (FEATURES_AT..).zip(real).zip(shown);
+        size.chain(features).map(|((at, real), shown)| Mask { at: at as u64, real, shown }).collect()
+    }
 }
 
 /// How often each cluster is used.
@@ -147,7 +195,7 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
         Some(end) if offset >= cluster && offset.is_multiple_of(cluster) && end <= len => Ok(()),
         _ => Err(damaged(&format!("its {what} is not inside the file"))),
     };
-    let (size, l1_entries) = (field64(24)?, u64::from(field(36)?));
+    let (size, l1_entries) = (field64(SIZE_AT)?, u64::from(field(36)?));
     if size > i64::MAX as u64
         || l1_entries > MAX_L1_ENTRIES
         || l1_entries < size.div_ceil(cluster * cluster / 8)
@@ -172,10 +220,19 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
         width_log2: 4,
     };
 
-    let mut extensions = None;
+    let (mut extensions, mut zstd) = (None, false);
     if version == 3 {
-        check_features(field64(72)?, path)?;
+        let features = field64(FEATURES_AT)?;
+        check_features(features, path)?;
         let header = u64::from(field(100)?);
+        zstd = features & ZSTD != 0;
+        let kind = first.get(COMPRESSION_AT).filter(|_| header > COMPRESSION_AT as u64).copied().unwrap_or(0);
+        if kind != u8::from(zstd) {
+            return Err(Error::unsupported(
+                path,
+                format!("compression of the kind {kind}; convert it with qemu-img convert -O qcow2"),
+            ));
+        }
         if field(96)? > 6 || !(104..=cluster).contains(&header) {
             return Err(damaged("its header has impossible values"));
         }
@@ -185,7 +242,7 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
 
     let name_at = field64(8)?;
     if name_at == 0 {
-        return Ok(Header { backing: None, l1, counts });
+        return Ok(Header { backing: None, l1, size, zstd, counts });
     }
     let name = usize::try_from(name_at)
         .ok()
@@ -220,21 +277,20 @@ fn parse(first: &[u8], len: u64, path: &Path) -> Result<Header, Error> {
         }
         extensions = (kind != 0).then(|| at + 8 + length.next_multiple_of(8));
     }
-    Ok(Header { backing: Some(Backing { name: name.into(), format }), l1, counts })
+    Ok(Header { backing: Some(Backing { name: name.into(), format }), l1, size, zstd, counts })
 }
 
 /// Refuses what an image demands of those who open it, and `imago` does not know, with a way out for each.
 fn check_features(incompatible: u64, path: &Path) -> Result<(), Error> {
     let convert =
         |what| Err(Error::unsupported(path, format!("{what}; convert it with qemu-img convert -O qcow2")));
-    match incompatible {
+    match incompatible & !ZSTD {
         0 => Ok(()),
         bits if bits & 0b11 != 0 => Err(Error::damaged(
             path,
             "it was not closed properly, and must be repaired with qemu-img check -r all",
         )),
         bits if bits & 1 << 2 != 0 => convert("an external data file".to_owned()),
-        bits if bits & 1 << 3 != 0 => convert("zstd compression".to_owned()),
         bits if bits & 1 << 4 != 0 => convert("extended L2 entries".to_owned()),
         bits => convert(format!("the unknown features {bits:#x} of qcow2")),
     }

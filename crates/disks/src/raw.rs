@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
+use crate::chain::Layer;
 use crate::{Format, MAGIC, held};
 
 #[derive(Debug)]
@@ -15,15 +16,20 @@ pub struct Raw {
     file: File,
     /// Held while the first bytes are written, if they must not come to look like another format.
     guard: Option<Mutex<()>>,
+    /// The same file past the host's cache.
+    direct: Option<Layer>,
 }
 
 impl Raw {
-    pub fn new(file: File, guarded: bool) -> Raw {
-        Raw { file, guard: guarded.then(Mutex::default) }
+    pub fn new(file: File, guarded: bool, direct: Option<Layer>) -> Raw {
+        Raw { file, guard: guarded.then(Mutex::default), direct }
     }
 
     pub fn read(&self, offset: u64, to: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(to, offset)
+        match &self.direct {
+            Some(direct) => direct.read(to, offset),
+            None => self.file.read_exact_at(to, offset),
+        }
     }
 
     /// Writes, unless the image then looked like another format than raw: gives that format.
@@ -42,7 +48,10 @@ impl Raw {
             }
             _ => None,
         };
-        self.file.write_all_at(from, offset)?;
+        match &self.direct {
+            Some(direct) => direct.write(from, offset)?,
+            None => self.file.write_all_at(from, offset)?,
+        }
         Ok(Format::Raw)
     }
 

@@ -304,7 +304,7 @@ fn hostile_vmdk_descriptors() {
         RW 3 FLAT \"part\" 1\nRW 2 ZERO\nRDONLY 1 FLAT \"part\" 0\n";
     let open = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
-        Disk::open(&path, &Options { format: Some(Format::Vmdk), read_only: true })
+        Disk::open(&path, &Options { format: Some(Format::Vmdk), read_only: true, ..Default::default() })
     };
     let disk = open(good).unwrap();
     assert!(contents(&disk) == [vec![7; 1536], vec![0; 1024], vec![7; 512]].concat());

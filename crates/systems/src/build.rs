@@ -67,9 +67,13 @@ pub fn build(
 
     let disk = dir.join(DISK);
     disks::create(&disk, Format::Qcow2, SIZE, None)?;
-    let target = Arc::new(Disk::open(&disk, &Options { format: Some(Format::Qcow2), read_only: false })?);
+    let target = Arc::new(Disk::open(
+        &disk,
+        &Options { format: Some(Format::Qcow2), read_only: false, ..Default::default() },
+    )?);
     layout::write(&target, &disk)?;
-    let source = Disk::open(&tree, &Options { format: Some(Format::Raw), read_only: true })?;
+    let source =
+        Disk::open(&tree, &Options { format: Some(Format::Raw), read_only: true, ..Default::default() })?;
     let disk_of = |image: &Arc<Disk>, serial: &str| vm::Disk {
         image: image.clone(),
         serial: serial.into(),

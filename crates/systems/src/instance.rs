@@ -253,7 +253,8 @@ fn renew_seed(dir: &Path, shares: &[String]) -> std::io::Result<()> {
 
 fn open(dir: &Path, shares: &[String]) -> Result<Vec<vm::Disk>, Error> {
     let open = |name: &str, format, read_only| -> Result<_, Error> {
-        let image = Disk::open(&dir.join(name), &Options { format: Some(format), read_only })?;
+        let image =
+            Disk::open(&dir.join(name), &Options { format: Some(format), read_only, ..Default::default() })?;
         let serial = name.split('.').next().unwrap_or(name).into();
         Ok(vm::Disk { image: Arc::new(image), serial, bus: vm::DiskBus::Virtio })
     };

@@ -79,7 +79,9 @@ mod tests {
         let path = dir.path().join("disk.img");
         let size = 128 * MIB;
         disks::create(&path, Format::Raw, size, None).unwrap();
-        let disk = Disk::open(&path, &Options { format: Some(Format::Raw), read_only: false }).unwrap();
+        let disk =
+            Disk::open(&path, &Options { format: Some(Format::Raw), read_only: false, ..Default::default() })
+                .unwrap();
         write(&disk, &path).unwrap();
         drop(disk);
         // Both tables have to be sound.

@@ -44,7 +44,8 @@ impl Driver {
             let file = tempfile::NamedTempFile::new().unwrap();
             let bytes: Vec<u8> = (0..len).map(|n| (n / 512) as u8).collect();
             std::fs::write(file.path(), bytes).unwrap();
-            let options = disks::Options { format: Some(disks::Format::Raw), read_only };
+            let options =
+                disks::Options { format: Some(disks::Format::Raw), read_only, ..Default::default() };
             let disk = Arc::new(disks::Disk::open(file.path(), &options).unwrap());
             (file, disk)
         };
