@@ -191,4 +191,16 @@ fn an_image_runs_its_command_in_its_own_files() {
     // Without its registry, from the cache.
     drop(registry);
     assert!(run("1").expect(0).out.contains("status 7."));
+    let image = |args: &[&str]| {
+        let mut command = Command::new(lodge());
+        command.env("LODGE_CACHE_DIR", &cache).arg("image").args(args);
+        start_with(&mut command, "").wait(PATIENCE)
+    };
+    let full = format!("{name}:1");
+    assert!(image(&["ls"]).expect(0).out.contains(&full));
+    assert!(image(&["inspect", &full]).expect(0).out.contains("sha256:"));
+    image(&["rm", &full]).expect(0);
+    assert!(!image(&["ls"]).expect(0).out.contains(&full));
+    image(&["rm", &full]).expect(2);
+    run("1").expect(4);
 }

@@ -113,7 +113,7 @@ pub enum Command {
 /// `lodge image`.
 #[derive(Debug, Subcommand)]
 pub enum Image {
-    /// Fetch one: from the catalogue, or by its URL. A fetch that was broken off goes on where it was
+    /// Fetch one: from the catalogue, by its URL, or an OCI image from its registry. A fetch that was broken off goes on where it was
     #[command(
         after_help = "Examples:\n  lodge image pull ubuntu\n  lodge image pull https://example.org/disk.qcow2 --name mine"
     )]

@@ -2,6 +2,7 @@
 
 use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{ContentArrangement, Table};
+use images::oci::{self, Reference};
 use images::{Catalogue, Check, Entry, Options};
 use indicatif::HumanBytes;
 use systems::pulled::{self, Pulled};
@@ -19,13 +20,18 @@ pub fn image(args: &Image) -> anyhow::Result<()> {
         Image::Catalogue => list_catalogue(),
         Image::Ls => ls(),
         Image::Inspect { name } => inspect(name),
-        Image::Rm { name } => {
-            let mut bars = Bars::default();
-            match systems::remove(name, &mut bars)? || pulled::remove(name, &Options::default(), &mut bars)? {
-                true => Ok(()),
-                false => Err(unknown(name)),
-            }
-        }
+        Image::Rm { name } => match remove(name, &mut Bars::default())? {
+            true => Ok(()),
+            false => Err(unknown(name)),
+        },
+    }
+}
+
+fn remove(name: &str, bars: &mut Bars) -> anyhow::Result<bool> {
+    let options = Options::default();
+    match Reference::parse(name) {
+        Some(reference) => Ok(oci::remove(&reference.map_err(images::Error::from)?, &options, bars)?),
+        None => Ok(systems::remove(name, bars)? || pulled::remove(name, &options, bars)?),
     }
 }
 
@@ -40,6 +46,12 @@ fn catalogue() -> anyhow::Result<Catalogue> {
 }
 
 fn pull(args: &Pull) -> anyhow::Result<()> {
+    if let Some(reference) = Reference::parse(&args.what) {
+        let reference = reference.map_err(images::Error::from)?;
+        let options = Options { refresh: true, ..Options::default() };
+        let guest = oci::oci_guest(&reference, &options, &mut Bars::default())?;
+        return print(&format!("{}: `lodge run {reference}` starts it", guest.description));
+    }
     let catalogue = catalogue()?;
     let (name, mut entry) = match catalogue.find(&args.what) {
         Some((name, entry)) => (name.to_owned(), entry.clone()),
@@ -137,10 +149,19 @@ fn ls() -> anyhow::Result<()> {
     for one in pulled::list(&Options::default())? {
         table.add_row([one.name, one.about.title, String::new(), HumanBytes(one.size).to_string()]);
     }
+    for one in oci::list(&Options::default())? {
+        let manifest = one.manifest.chars().take(19).collect();
+        table.add_row([one.name, manifest, String::new(), HumanBytes(one.size).to_string()]);
+    }
     print(&table.to_string())
 }
 
 fn inspect(name: &str) -> anyhow::Result<()> {
+    if let Some(reference) = Reference::parse(name) {
+        let reference = reference.map_err(images::Error::from)?.to_string();
+        let one = oci::list(&Options::default())?.into_iter().find(|one| one.name == reference);
+        return print(&serde_json::to_string_pretty(&one.ok_or_else(|| unknown(name))?)?);
+    }
     if let Some(one) = pulled::find(name, &Options::default())? {
         return print(&serde_json::to_string_pretty(&one.about)?);
     }

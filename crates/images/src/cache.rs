@@ -89,6 +89,32 @@ impl Cache {
         serde_json::from_slice(&bytes).ok()
     }
 
+    /// The sound records whose keys begin with `prefix`, by key.
+    pub(crate) fn records<T: DeserializeOwned>(&self, prefix: &str) -> Vec<(String, T)> {
+        let names = fs::read_dir(self.dir.join("records")).into_iter().flatten().flatten();
+        let keys = names.filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            Some(name.strip_suffix(".json").filter(|key| key.starts_with(prefix))?.to_owned())
+        });
+        let mut keys: Vec<String> = keys.collect();
+        keys.sort();
+        keys.into_iter().filter_map(|key| Some((key.clone(), self.record(&key)?))).collect()
+    }
+
+    /// Removes the record `key`, and the file in it unless another record has it.
+    pub(crate) fn forget(&self, key: &str, stored: &Stored, _lock: &Lock) -> Result<(), Error> {
+        let path = self.record_path(key);
+        fs::remove_file(&path).map_err(Error::cache(&path))?;
+        let name = format!("\"{}\"", stored.file);
+        let records = fs::read_dir(self.dir.join("records")).into_iter().flatten().flatten();
+        let mut texts = records.filter_map(|entry| fs::read_to_string(entry.path()).ok());
+        if !stored.file.contains('/') && !texts.any(|text| text.contains(&name)) {
+            let path = self.dir.join("files").join(&stored.file);
+            fs::remove_file(&path).map_err(Error::cache(&path))?;
+        }
+        Ok(())
+    }
+
     /// The path of a stored file, if it is there and is what it was when it was stored.
     pub(crate) fn path(&self, stored: &Stored) -> Option<PathBuf> {
         if stored.file.contains('/') || stored.file.starts_with('.') {

@@ -19,6 +19,8 @@ pub use root::Root;
 
 /// Where Lodge's own files are in the guest.
 const OURS: &str = ".lodge";
+/// What the keys of the cache's records begin with.
+const RECORDS: &str = "oci-";
 const INIT: &str = include_str!("guest/oci.sh");
 
 /// Why an OCI image cannot be had or used; what a transfer can fail with is [`Error::Fetch`]'s.
@@ -78,9 +80,47 @@ pub struct OciGuest {
     pub cached: bool,
 }
 
+/// An image in the cache.
+#[derive(Debug, Clone, Serialize)]
+pub struct Kept {
+    /// Its name.
+    pub name: String,
+    /// The digest of its manifest.
+    pub manifest: String,
+    /// Bytes that it takes.
+    pub size: u64,
+}
+
+/// The images in the cache, by name.
+pub fn list(options: &Options) -> Result<Vec<Kept>, Error> {
+    let cache = Cache::open(options.cache_dir.as_deref())?;
+    let kept = |(_, record): (_, Record)| Kept {
+        name: record.image,
+        manifest: record.manifest,
+        size: record.stored.size,
+    };
+    let mut all: Vec<Kept> = cache.records(RECORDS).into_iter().map(kept).collect();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(all)
+}
+
+/// Removes an image from the cache; false if it is not there.
+pub fn remove(reference: &Reference, options: &Options, progress: &mut dyn Progress) -> Result<bool, Error> {
+    let cache = Cache::open(options.cache_dir.as_deref())?;
+    let lock = cache.lock(progress)?;
+    let mut found = cache.records::<Record>(RECORDS);
+    found.retain(|(_, record)| record.image == reference.to_string());
+    for (key, record) in &found {
+        cache.forget(key, &record.stored, &lock)?;
+    }
+    Ok(!found.is_empty())
+}
+
 /// What the cache remembers of an image.
 #[derive(Serialize, Deserialize)]
 struct Record {
+    /// Its name.
+    image: String,
     /// The digest of its manifest.
     manifest: String,
     stored: Stored,
@@ -100,8 +140,8 @@ pub fn oci_guest(
     let missing = || Error::NoFile { package: busybox.package.clone(), file: "bin/busybox".to_owned() };
     let busybox = busybox.files.first().ok_or_else(missing)?;
     let cache = Cache::open(options.cache_dir.as_deref())?;
-    let what = format!("1 {reference} {} {INIT}", busybox.sha256);
-    let key = format!("oci-{}", &sha256(what.as_bytes())[..24]);
+    let what = format!("2 {reference} {} {INIT}", busybox.sha256);
+    let key = format!("{RECORDS}{}", &sha256(what.as_bytes())[..24]);
     let find = || {
         let record: Record = cache.record(&key)?;
         Some((cache.path(&record.stored)?, record.manifest))
@@ -120,7 +160,11 @@ pub fn oci_guest(
             let path = cache.path(&stored).ok_or_else(|| {
                 Error::cache("oci.cpio")(std::io::Error::other("what was just written there has changed"))
             })?;
-            cache.set_record(&key, &Record { manifest: manifest.clone(), stored }, &lock)?;
+            cache.set_record(
+                &key,
+                &Record { image: reference.to_string(), manifest: manifest.clone(), stored },
+                &lock,
+            )?;
             (path, manifest)
         }
     };
