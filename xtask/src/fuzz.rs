@@ -105,7 +105,43 @@ fn fuzz(args: &Args, program: &Path, dir: &str, name: &str) -> Result<()> {
     // What it could hardly guess.
     let seeds = sh::root().join(dir).join("seeds").join(name);
     if args.input.is_none() && seeds.exists() {
-        command.arg(seeds);
+        command.arg(place("seeds").and_then(|to| grow(&seeds, to))?);
     }
     sh::run(&mut command)
+}
+
+/// Puts the seeds in `from` into `to`, those in hexadecimal as what they stand for.
+fn grow(from: &Path, to: PathBuf) -> Result<PathBuf> {
+    for entry in fs::read_dir(from)? {
+        let path = entry?.path();
+        let text = fs::read(&path)?;
+        let bytes = match path.extension().is_some_and(|end| end == "hex") {
+            true => from_hex(&String::from_utf8(text)?).with_context(|| format!("in {}", path.display()))?,
+            false => text,
+        };
+        fs::write(to.join(path.file_stem().context("a seed without a name")?), bytes)?;
+    }
+    Ok(to)
+}
+
+/// Bytes from lines of `OFFSET: BYTES`, all in hexadecimal. What is left out is zero; the last offset is the length.
+fn from_hex(text: &str) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for line in text.lines() {
+        let (at, digits) = line.split_once(':').context("a line without an offset")?;
+        bytes.resize(usize::from_str_radix(at, 16)?, 0);
+        for pair in digits.trim().as_bytes().chunks(2) {
+            bytes.push(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?);
+        }
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn hexadecimal_seeds() {
+        assert_eq!(super::from_hex("1: ff01\n5:\n").unwrap(), [0, 255, 1, 0, 0]);
+        assert!(super::from_hex("1: fg\n").is_err());
+    }
 }
