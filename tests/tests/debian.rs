@@ -85,7 +85,9 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
          echo name=$(hostname) id=$(cat /etc/machine-id)\necho id=$(cat /etc/machine-id)\n\
          echo user=$(id -nu ada) $(sudo -u ada sudo -n id -nu)\necho keys=$(cat /etc/ssh/*.pub | sha256sum)\n\
          echo audit=$(dpkg --audit | wc -l) $(dpkg -l | grep -c ^ii)\n\
-         cp /root/ran /root/ran.first; echo kept >/root/file",
+         cp /root/ran /root/ran.first; echo kept >/root/file\n\
+         cd /boot; for a in vmlinuz initrd.img; do cp $a-$(uname -r) $a-new; ln -sf boot/$a-new /$a; done; \
+         echo new >>vmlinuz-new; cd",
     );
     assert_eq!(value(&first, "state"), "running failed=0", "{}", first.out);
     assert!(value(&first, "name").starts_with("web "), "{}", first.out);
@@ -102,6 +104,8 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
          echo journal=$(dmesg | grep -c 'EXT4-fs.*recovery')",
         || reached_without_a_network(&data, &key),
     );
+    // As after an upgrade: what `/vmlinuz` on the disk leads to is what starts.
+    assert!(std::fs::read(data.path().join("vms/web/vmlinuz")).unwrap().ends_with(b"new\n"));
     assert_eq!(std::fs::read(src.join("answer")).unwrap(), b"ada was here\n");
     for key in ["id", "keys"] {
         assert_eq!(value(&again, key), value(&first, key), "{key}");

@@ -59,9 +59,9 @@ fn exercise_pieces(disk: &Disk, twin: &Disk, thread: u64, piece: u64, random: &m
     }
 }
 
-/// Makes the image `disk`: with some cluster size, and perhaps over one, two or three others.
+/// Makes the image `disk`: with some cluster size, and over up to eight others.
 fn make(folder: &Path, random: &mut StdRng) -> String {
-    let depth = random.gen_range(0..4);
+    let depth = random.gen_range(0..=8);
     let mut below = String::new();
     for level in 0..=depth {
         let name = if level == depth { "disk".to_owned() } else { format!("base{level}") };

@@ -3,7 +3,7 @@
 //! A VM with a name has a directory, with all that it needs: it outlives the cache.
 //!
 //! ```text
-//! vms/NAME/base.qcow2, vmlinuz, initrd.img   the base's, as further names of its files
+//! vms/NAME/base.qcow2, vmlinuz, initrd.img   the base's, as further names of its files; the latter two the disk's own after an upgrade
 //! vms/NAME/base.img                          or that of an image that was fetched
 //! vms/NAME/disk.qcow2                        the overlay: all that the VM has written
 //! vms/NAME/seed.img                          name, user, keys; made anew at every start, for shares and our agent
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::Error;
 use crate::base::Base;
 use crate::build::{INITRD, KERNEL};
+use crate::kernel;
 use crate::pulled::Pulled;
 use crate::seed::{self, Form, Settings, is_name};
 
@@ -150,11 +151,15 @@ impl Instance {
         };
         let about: About =
             serde_json::from_slice(&text).map_err(|error| damaged(format!("{ABOUT}: {error}")))?;
+        let disks = open(&dir, shares)?;
         let start = match about.firmware {
             Some(firmware) => Start::Firmware(firmware),
-            None => Start::Kernel(boot(&dir.join(KERNEL), &dir.join(INITRD), &about)),
+            None => {
+                kernel::follow(&dir, &disks[0].image)?;
+                Start::Kernel(boot(&dir.join(KERNEL), &dir.join(INITRD), &about))
+            }
         };
-        Ok(Some(Self { start, disks: open(&dir, shares)?, hostname: about.hostname }))
+        Ok(Some(Self { start, disks, hostname: about.hostname }))
     }
 
     /// The VM `name`, made now. It appears whole or not at all. It mounts `shares`.

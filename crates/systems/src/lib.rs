@@ -14,6 +14,7 @@ mod base;
 mod build;
 mod error;
 mod instance;
+mod kernel;
 mod layout;
 pub mod pulled;
 mod recipe;
