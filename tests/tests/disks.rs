@@ -235,3 +235,77 @@ fn mistakes_are_told() {
     }
     drop(locked);
 }
+
+#[test]
+fn disks_come_and_go_while_the_guest_runs() {
+    let guests = [("tiny", None, "2"), ("tiny:trixie", Some("trixie"), "1")];
+    for (image, _, cpus) in guests.into_iter().filter(|guest| available(guest.1)) {
+        plug_and_unplug(image, cpus);
+    }
+}
+
+fn plug_and_unplug(image: &str, cpus: &str) {
+    let scratch = Scratch::new("hot-plug");
+    let [first, second] = ["first.img", "second.img"].map(|name| {
+        let mut bytes = vec![0; 4 << 20];
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        scratch.file(name, &bytes)
+    });
+    let command = |args: &[&str]| {
+        let mut command = Command::new(lodge());
+        command.args(args).env("LODGE_RUNTIME_DIR", scratch.path());
+        command
+    };
+    let ask = |args: &[&str]| start_with(&mut command(args), "").wait(PATIENCE);
+    let run = ["run", image, "--engine", "translate", "--name", "one", "--cpus", cpus];
+    let (vm, mut keyboard) = start_typing(&mut command(&run));
+    let mut types = |text: &str, answer: &str| {
+        keyboard.write_all(text.as_bytes()).unwrap();
+        vm.line(answer, PATIENCE);
+    };
+    let appears = |name: &str| {
+        format!(
+            "until [ -b /dev/{name} ]; do sleep 0.1; done; echo saw $(head -c 10 /dev/{name} | tr -d '\\0')\n"
+        )
+    };
+    let goes = |name: &str| format!("while [ -b /dev/{name} ]; do sleep 0.1; done; echo gone {name}\n");
+    vm.line("built-in commands", PATIENCE);
+
+    let disk = format!("{},format=raw", first.display());
+    let told = ask(&["disk", "attach", "one", &disk]).expect(0);
+    assert!(told.out.contains("attached as lodge-0") && told.err.is_empty(), "{}{}", told.out, told.err);
+    types(&appears("vda"), "saw first.img");
+    let again = ask(&["disk", "attach", "one", &disk]).expect(4).err;
+    assert!(again.contains("in use"), "{again}");
+    ask(&["disk", "attach", "one", &format!("{},format=raw,bus=nvme,serial=second", second.display())])
+        .expect(0);
+    types(&appears("nvme0n1"), "saw second.img");
+    types("echo written | dd of=/dev/nvme0n1 seek=4 2>/dev/null; echo written\n", "written");
+    let listed = ask(&["disk", "ls", "one", "--json"]).expect(0).out;
+    assert_eq!(listed.matches("\"attached\"").count(), 2, "{listed}");
+
+    // The guest gives it up; its image is closed, with all that was written.
+    ask(&["disk", "detach", "one", "second"]).expect(0);
+    types(&goes("nvme0n1"), "gone nvme0n1");
+    let closed = disks::Disk::open(&second, &disks::Options::default()).unwrap();
+    let mut sector = [0; 7];
+    closed.read(4 * 512, &mut sector).unwrap();
+    assert_eq!(&sector, b"written");
+    drop(closed);
+
+    // The other is there again after a reset, and a guest that has not started takes no part.
+    keyboard.write_all(b"reboot -f\n").unwrap();
+    vm.line("built-in commands", PATIENCE);
+    let mut types = |text: &str, answer: &str| {
+        keyboard.write_all(text.as_bytes()).unwrap();
+        vm.line(answer, PATIENCE);
+    };
+    types(&appears("vda"), "saw first.img");
+    let unknown = ask(&["disk", "detach", "one", "second"]).expect(4).err;
+    assert!(unknown.contains("no disk is called second"), "{unknown}");
+    ask(&["disk", "detach", "one", "--force", &first.display().to_string()]).expect(0);
+    assert!(ask(&["disk", "ls", "one"]).expect(0).out.contains("has no disks"));
+    drop(disks::Disk::open(&first, &disks::Options::default()).unwrap());
+    ask(&["stop", "one", "--force"]).expect(0);
+    vm.wait(PATIENCE).expect(130);
+}

@@ -258,6 +258,7 @@ fn acpi_config(cpus: u32) -> acpi::Config {
         pci_windows32: window32,
         pci_window64: window64,
         mcfg: acpi::MCFG,
+        hotplug: acpi::HotPlug { port: 0xcc0, gpe: 1, slots: 0x7fff_fffe },
     }
 }
 

@@ -92,6 +92,9 @@ pub enum Command {
                             lodge memory web 512M     it is to use no more, as far as it can"
     )]
     Memory(Memory),
+    /// Attach disks to a guest that runs, detach and list them
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Fetch images of whole systems; list, describe and remove those that were fetched or made
     #[command(subcommand)]
     Image(Image),
@@ -220,6 +223,42 @@ pub struct Memory {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `lodge disk`.
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Give a running guest one more disk. It stays through the guest's restarts, until the virtual machine ends
+    #[command(after_help = "Example:\n  lodge disk attach web data.qcow2,serial=data")]
+    Attach {
+        /// The virtual machine's name, as `lodge ls` shows it
+        name: String,
+        /// The disk, as for `lodge run --disk`, with bus=virtio, virtio-packed or nvme
+        #[arg(value_name = "PATH[,OPTION…]", value_parser = crate::disk::parse)]
+        disk: crate::disk::Disk,
+    },
+    /// Have a running guest give up a disk, and close its image
+    #[command(after_help = "Example:\n  lodge disk detach web data")]
+    Detach {
+        /// The virtual machine's name
+        name: String,
+        /// The disk's serial number or path, as `lodge disk ls` shows it
+        disk: String,
+        /// How long the guest has for it [default: 30]
+        #[arg(long, value_name = "SECS", value_parser = parse_seconds)]
+        timeout: Option<std::time::Duration>,
+        /// Take the disk away without asking the guest, which loses what it has not written yet
+        #[arg(long)]
+        force: bool,
+    },
+    /// List a running guest's disks
+    Ls {
+        /// The virtual machine's name
+        name: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// `lodge image pull`.

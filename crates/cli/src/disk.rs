@@ -1,10 +1,23 @@
-//! `--disk` and `--cdrom`: what to open, and how.
+//! `--disk` and `--cdrom`: what to open, and how; and `lodge disk`, for VMs that run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
+use anyhow::Context;
+use comfy_table::Table;
+use comfy_table::presets::UTF8_BORDERS_ONLY;
 use disks::{Cache, Format, Options};
+use indicatif::HumanBytes;
 use vm::DiskBus;
+use vm::control::{DiskState, DiskStatus, NewDisk, Request};
+
+use crate::args::DiskCommand as Command;
+use crate::host::print;
+use crate::running::connect;
+
+/// How long a guest has to give up a disk.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is said of a disk on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +99,75 @@ pub fn open<'a>(disks: impl IntoIterator<Item = &'a Disk>) -> Result<Vec<vm::Dis
         Ok(vm::Disk { image, serial, bus: disk.bus })
     };
     disks.into_iter().enumerate().map(open).collect()
+}
+
+/// `lodge disk`.
+pub fn disk(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Attach { name, disk } => attach(name, disk),
+        Command::Detach { name, disk, timeout, force } => {
+            if *force {
+                eprintln!("lodge: the guest is not asked, and loses what it has not written to {disk}");
+            }
+            let path = Path::new(disk).canonicalize().ok();
+            let (which, force) = (disk.clone(), *force);
+            let patience = timeout.unwrap_or(PATIENCE).as_secs_f64();
+            Ok(connect(name)?.tell(&Request::DetachDisk { which, path, patience, force })?)
+        }
+        Command::Ls { name, json } => {
+            let disks = connect(name)?.disks(&Request::Disks)?;
+            if *json {
+                return print(&serde_json::to_string_pretty(&disks)?);
+            }
+            list(&disks)
+        }
+    }
+}
+
+fn attach(name: &str, disk: &Disk) -> anyhow::Result<()> {
+    let Disk { path, options, serial, bus } = disk.clone();
+    let path = std::path::absolute(&path).with_context(|| format!("cannot find {}", path.display()))?;
+    let new = NewDisk { path, options, serial, bus };
+    let disks = connect(name)?.disks(&Request::AttachDisk(new))?;
+    for disk in &disks {
+        print(&format!("{} is attached as {}", disk.path.display(), disk.serial))?;
+        if disk.state != DiskState::Attached {
+            eprintln!(
+                "lodge: the guest has not taken note of it: it will when its system starts, if that knows hot-plug by ACPI"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn list(disks: &[DiskStatus]) -> anyhow::Result<()> {
+    if disks.is_empty() {
+        return print("The virtual machine has no disks; `lodge disk attach` gives it one.");
+    }
+    let mut table = Table::new();
+    table.load_style(UTF8_BORDERS_ONLY);
+    table.set_header(["serial", "bus", "size", "format", "state", "path"]);
+    for disk in disks {
+        // As the command line names it.
+        let bus = serde_json::to_value(disk.bus)?;
+        let state = match disk.state {
+            DiskState::Attached if disk.read_only => "attached, readonly",
+            DiskState::Attached => "attached",
+            DiskState::Unnoticed => "not noticed",
+            DiskState::Leaving => "leaving",
+            DiskState::Ejected => "ejected by the guest",
+        };
+        let [serial, format, size] = [&disk.serial, &disk.format, &HumanBytes(disk.size).to_string()];
+        table.add_row([
+            serial.as_str(),
+            bus.as_str().unwrap_or_default(),
+            size,
+            format,
+            state,
+            &disk.path.display().to_string(),
+        ]);
+    }
+    print(&table.to_string())
 }
 
 /// Opens what is in CD-ROM drives: images as they are on a CD, which others may read, too.

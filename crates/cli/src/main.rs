@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         args::Command::Ssh(args) => exec::ssh(&args),
         args::Command::Forward(args) => exec::forward(&args),
         args::Command::Memory(args) => running::memory(&args).map(|()| ExitCode::SUCCESS),
+        args::Command::Disk(command) => disk::disk(&command).map(|()| ExitCode::SUCCESS),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "lodge", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

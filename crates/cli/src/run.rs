@@ -10,7 +10,7 @@ use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 use systems::Start;
-use vm::control::Status;
+use vm::control::{Status, Subject};
 use vm::{Boot, Choice, Config, Console, End, Model, Vm};
 
 use crate::args::{Cpu, Engine, Run, Terminal};
@@ -59,9 +59,7 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let power = vm.power().clone();
     watch_signals(&power, &console)?;
     if let Some(control) = &control {
-        control
-            .serve(status(&config, &vm), &console, &config.sockets, &config.balloon, &power, &config.screen)
-            .context("the host gives no thread")?;
+        control.serve(subject(&config, &vm, &console)).context("the host gives no thread")?;
     }
     // Boot menus take any key as a wish to choose, the end of input included.
     let tell_end = matches!(config.boot, Boot::Kernel { .. });
@@ -89,7 +87,7 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     drop(viewers);
     let report = vm.stop();
     // What the guest has not asked to be flushed is not lost either when it ends.
-    let flushed = config.disks.iter().try_for_each(|disk| disk.image.flush());
+    let flushed = config.disks.flush();
     if let Boot::Firmware(vm::Firmware { variables: Some(variables), .. }) = &config.boot {
         variables.flush().context("cannot keep the UEFI variables")?;
     }
@@ -102,14 +100,24 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     Ok(finish(end.as_ref(), args))
 }
 
-fn status(config: &Config, vm: &Vm) -> Status {
-    Status {
+/// What other commands can ask about.
+fn subject(config: &Config, vm: &Vm, console: &Arc<Console>) -> Subject {
+    let status = Status {
         name: config.name.clone(),
         engine: vm.engine().into(),
         cpus: config.cpus,
         memory: config.memory,
         pid: std::process::id(),
         seconds: 0,
+    };
+    Subject {
+        status,
+        console: console.clone(),
+        sockets: config.sockets.clone(),
+        power: vm.power().clone(),
+        balloon: config.balloon.clone(),
+        screen: config.screen.clone(),
+        disks: config.disks.clone(),
     }
 }
 
@@ -258,7 +266,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         cpus: args.cpus.or(file.cpus).unwrap_or(1),
         memory,
         boot,
-        disks,
+        disks: Arc::new(disks.into()),
         cdroms: crate::disk::open_cds(&args.cdrom)?,
         shares: crate::share::open(&args.share)?,
         sockets: Arc::default(),

@@ -49,9 +49,11 @@ use std::sync::{PoisonError, RwLock};
 pub use create::create;
 pub use error::Error;
 use imago::Mapping;
+use serde::{Deserialize, Serialize};
 
 /// How an image stores its disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// The bytes of the disk, nothing else: a file or a block device.
     Raw,
@@ -88,7 +90,8 @@ impl fmt::Display for Format {
 }
 
 /// How to open an image.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
 pub struct Options {
     /// Its format; `None` detects it by the first bytes.
     pub format: Option<Format>,
@@ -99,7 +102,8 @@ pub struct Options {
 }
 
 /// Where what is written may wait, in QEMU's words.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Cache {
     /// In the host's cache, until it is flushed.
     #[default]
@@ -227,6 +231,11 @@ impl Disk {
                 Disk::open(path, &Options { format, read_only: true, ..Options::default() })
             }
         }
+    }
+
+    /// Where the topmost image is, as it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The size of the disk, in bytes; not always a multiple of a sector.

@@ -94,7 +94,7 @@ pub fn build(
                 layout::ROOT
             ),
         },
-        disks: vec![disk_of(&target, "target"), disk_of(&Arc::new(source), "tree")],
+        disks: Arc::new(vec![disk_of(&target, "target"), disk_of(&Arc::new(source), "tree")].into()),
         cdroms: Vec::new(),
         shares: Vec::new(),
         sockets: Arc::default(),

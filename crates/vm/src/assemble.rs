@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use std::time::SystemTime;
 
-use devices::{At, ahci, debug, fw_cfg, hpet, nvme, pci, pit, pm, ps2, reset, rtc, serial, vga, virtio};
+use devices::{At, ahci, debug, fw_cfg, hpet, pci, pit, pm, ps2, reset, rtc, serial, vga, virtio};
 use machine::apic::Apics;
 use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
@@ -52,8 +52,8 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
         Chosen::Interpret => with_interpreter(config, &machine, processor)?,
         Chosen::Translate => with_translator(config, &machine, processor)?,
     };
-    let pci = plug(config, &machine, &irqs, console)?;
-    let state = load(config, &machine.memory)?;
+    let (pci, hotplug) = plug(config, &machine, &irqs, console)?;
+    let state = load(config, &machine.memory, &hotplug)?;
     for (index, vcpu) in vcpus.iter_mut().enumerate() {
         let mut state = if index == 0 { state.clone() } else { State::reset(false, 0) };
         // What only the engine knows: it stays as it is.
@@ -135,7 +135,7 @@ fn with_translator(config: &Config, machine: &Arc<Machine>, processor: Cpuid) ->
 }
 
 /// Puts the kernel or firmware into memory, with the tables that a kernel without firmware needs.
-fn load(config: &Config, memory: &Memory) -> Result<State, Error> {
+fn load(config: &Config, memory: &Memory, hotplug: &pci::HotPlug) -> Result<State, Error> {
     let (kernel, initrd, cmdline) = match &config.boot {
         Boot::Firmware(firmware) => {
             boot::load_firmware(memory, &firmware.code)?;
@@ -143,7 +143,7 @@ fn load(config: &Config, memory: &Memory) -> Result<State, Error> {
         }
         Boot::Kernel { kernel, initrd, cmdline } => (kernel, initrd, cmdline),
     };
-    let rsdp = boot::acpi::build(&firmware::acpi(config)).place(memory)?;
+    let rsdp = boot::acpi::build(&firmware::acpi(config, hotplug)).place(memory)?;
     boot::smbios::place(memory, config.cpus)?;
     Ok(boot::load(memory, &boot::Kernel { kernel, initrd, cmdline, rsdp })?)
 }
@@ -158,7 +158,7 @@ fn plug(
     machine: &Arc<Machine>,
     irqs: &Arc<Irqs>,
     console: &Arc<Console>,
-) -> Result<Arc<pci::Host>, Error> {
+) -> Result<(Arc<pci::Host>, Arc<pci::HotPlug>), Error> {
     let Machine { ports, mmio, clock, timers, power, .. } = &**machine;
     irqs.insert(ports, mmio)?;
     config.screen.unplug();
@@ -208,7 +208,7 @@ fn plug(
 
     let weak = Arc::downgrade(machine);
     let lines = irqs.clone();
-    let lpc = pci::Lpc::new(weak.clone(), pm, move |gsi| lines.line(gsi));
+    let lpc = pci::Lpc::new(weak.clone(), pm.clone(), move |gsi| lines.line(gsi));
     let (pirqs, messages) = (lpc.clone(), irqs.clone());
     let host = pci::Host::new(
         weak,
@@ -219,18 +219,20 @@ fn plug(
     );
     host.insert(ports)?;
     host.plug(Some(pci::LPC), lpc)?;
+    let hotplug = pci::HotPlug::new(&host, pm);
+    insert(ports, pci::HOTPLUG, "PCI hot-plug", hotplug.clone())?;
     plug_display(config, &host, machine)?;
-    let bootable = plug_disks(config, &host, machine)?;
+    let bootable = plug_disks(config, &hotplug, &host, machine)?;
     plug_virtio(config, &host, machine, console)?;
     match &config.boot {
         // Without firmware nobody else gives devices their addresses.
         Boot::Kernel { .. } => host.assign()?,
         Boot::Firmware(firmware) => {
             firmware::plug(firmware, machine)?;
-            firmware::describe(&fw_cfg, config, &machine.memory, &host, &bootable)?;
+            firmware::describe(&fw_cfg, config, &machine.memory, &host, &hotplug, &bootable)?;
         }
     }
-    Ok(host)
+    Ok((host, hotplug))
 }
 
 /// The virtio devices beside disks.
@@ -287,30 +289,23 @@ fn plug_display(config: &Config, host: &pci::Host, machine: &Machine) -> Result<
 }
 
 /// The disks and CD-ROM drives, each with its controller; the order in which firmware shall try to start from them.
-fn plug_disks(config: &Config, host: &pci::Host, machine: &Machine) -> Result<Vec<String>, Error> {
+fn plug_disks(
+    config: &Config,
+    hotplug: &Arc<pci::HotPlug>,
+    host: &pci::Host,
+    machine: &Arc<Machine>,
+) -> Result<Vec<String>, Error> {
     let (mut sata, mut bootable) = (Vec::new(), Vec::new());
-    for disk in &config.disks {
-        let image = disk.image.clone();
-        match disk.bus {
-            DiskBus::Virtio | DiskBus::VirtioPacked => {
-                let device = virtio::blk::Blk::new(image, &disk.serial, config.cpus);
-                let device = if disk.bus == DiskBus::Virtio { device } else { device.packed() };
-                let at = virtio_function(host, machine, Arc::new(device))?;
-                bootable.push(firmware::boot_path("scsi", at, "disk@0,0"));
-            }
-            DiskBus::Nvme => {
-                // A queue for each vCPU.
-                let controller = nvme::Nvme::new(image, &disk.serial, config.cpus, machine.memory.clone())
-                    .map_err(|source| Error::Host { what: "a thread for a device", source })?;
-                let at = host.plug(None, controller)?;
-                bootable.push(firmware::boot_path("pci8086,5845", at, "namespace@1,0"));
-            }
-            DiskBus::Sata => {
+    for (disk, at) in config.disks.plug(hotplug, machine, config.cpus)? {
+        bootable.push(match (disk.bus, at) {
+            (DiskBus::Nvme, Some(at)) => firmware::boot_path("pci8086,5845", at, "namespace@1,0"),
+            (_, Some(at)) => firmware::boot_path("scsi", at, "disk@0,0"),
+            (_, None) => {
                 let drive = format!("drive@{:x}/disk@0", sata.len());
-                bootable.push(firmware::boot_path("pci8086,2922", ahci::ADDRESS, &drive));
-                sata.push(ahci::Attached::Disk(image, disk.serial.clone()));
+                sata.push(ahci::Attached::Disk(disk.image, disk.serial));
+                firmware::boot_path("pci8086,2922", ahci::ADDRESS, &drive)
             }
-        }
+        });
     }
     for (n, cd) in config.cdroms.iter().enumerate() {
         let drive = format!("drive@{:x}/disk@0", sata.len());

@@ -7,7 +7,10 @@ use std::sync::Arc;
 pub use devices::flash::Contents as Variables;
 pub use devices::virtio::balloon::Target as Balloon;
 pub use devices::virtio::vsock::Hub as Sockets;
+use serde::{Deserialize, Serialize};
 use x86::cpuid::Model;
+
+use crate::storage::Disks;
 
 /// Which technique runs the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,7 +68,8 @@ pub enum Display {
 }
 
 /// What connects a disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DiskBus {
     /// virtio-blk: the fastest, for guests that know that they are guests.
     #[default]
@@ -115,8 +119,8 @@ pub struct Config {
     pub memory: u64,
     /// What it starts with.
     pub boot: Boot,
-    /// Disks, in the order in which the guest finds them.
-    pub disks: Vec<Disk>,
+    /// Disks, in the order in which the guest finds them. They may come and go while it runs.
+    pub disks: Arc<Disks>,
     /// What is in its CD-ROM drives, which are SATA's.
     pub cdroms: Vec<Arc<disks::Disk>>,
     /// Directories of the host.

@@ -20,7 +20,7 @@ const VGA_BIOS: &str = "pci1234,1111.rom";
 const SYSTEM_STATES: [u8; 6] = [0x80, 0, 0, 0, 0, 0x80 | pm::SLEEP_TYPE_S5];
 
 /// What ACPI tells of a machine that starts without firmware.
-pub fn acpi(config: &Config) -> boot::acpi::Config {
+pub fn acpi(config: &Config, hotplug: &pci::HotPlug) -> boot::acpi::Config {
     let pm = boot::acpi::Pm {
         event: pm::PM1A_EVENT as u16,
         control: pm::PM1A_CONTROL as u16,
@@ -37,6 +37,11 @@ pub fn acpi(config: &Config) -> boot::acpi::Config {
         pci_windows32: vec![boot::acpi::PCI_WINDOW],
         pci_window64: PCI_WINDOW64,
         mcfg: boot::acpi::MCFG,
+        hotplug: boot::acpi::HotPlug {
+            port: pci::HOTPLUG.start as u16,
+            gpe: pci::HOTPLUG_GPE,
+            slots: hotplug.slots(),
+        },
     }
 }
 
@@ -80,6 +85,7 @@ pub fn describe(
     config: &Config,
     memory: &Memory,
     host: &Arc<pci::Host>,
+    hotplug: &pci::HotPlug,
     disks: &[String],
 ) -> Result<(), Error> {
     fw_cfg.set(fw_cfg::key::IRQ0_OVERRIDE, &1u32.to_le_bytes());
@@ -99,7 +105,7 @@ pub fn describe(
     fw_cfg.add_file("etc/smbios/smbios-tables", tables)?;
     fw_cfg.add_file("etc/smbios/smbios-anchor", entry)?;
     // Firmware reads these when it has found and placed the PCI devices.
-    let found = acpi(config);
+    let found = acpi(config, hotplug);
     type Part = fn(ForFirmware) -> Vec<u8>;
     let files: [(&str, Part); 3] = [
         (boot::acpi::TABLES, |f| f.tables),

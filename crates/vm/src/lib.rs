@@ -12,6 +12,7 @@ mod error;
 mod firmware;
 mod gdb;
 pub mod host;
+mod storage;
 
 use std::fmt;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ pub use machine::Power;
 pub use machine::power::End;
 pub use screens::Screen;
 pub use shares::Share as ShareDirectory;
+pub use storage::{Disks, Refusal};
 pub use x86::cpuid::Model;
 
 use assemble::Assembly;

@@ -9,7 +9,8 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::{Config, MCFG_SIZE};
 
-struct Bytes(Vec<u8>);
+/// AML that is being made.
+pub(super) struct Bytes(pub Vec<u8>);
 
 impl AmlSink for Bytes {
     fn byte(&mut self, byte: u8) {
@@ -23,12 +24,13 @@ pub fn build(config: &Config) -> Sdt {
     sleep(config).to_aml_bytes(&mut aml);
     processors(config, &mut aml);
     pci(config, &mut aml);
+    config.hotplug.event(&mut aml);
     let mut table = super::tables::table(b"DSDT", 36, 2);
     table.append_slice(&aml.0);
     table
 }
 
-fn path(name: &str) -> Path {
+pub(super) fn path(name: &str) -> Path {
     Path::new(name)
 }
 
@@ -51,7 +53,7 @@ fn processors(config: &Config, aml: &mut Bytes) {
 }
 
 /// AML that is made already.
-struct Raw(Vec<u8>);
+pub(super) struct Raw(pub Vec<u8>);
 
 impl Aml for Raw {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -138,7 +140,8 @@ fn pci(config: &Config, aml: &mut Bytes) {
     let isa = Device::new(path("ISA_"), behind);
 
     let [uid, seg, bbn] = &numbers;
-    let root = Device::new(path("PCI0"), vec![&hid, &cid, uid, seg, bbn, &crs, &prt, &isa]);
+    let slots = config.hotplug.of_bridge();
+    let root = Device::new(path("PCI0"), vec![&hid, &cid, uid, seg, bbn, &crs, &prt, &isa, &slots]);
     let hpet = device("HPET", "PNP0103", 0, vec![&Memory32Fixed::new(true, 0xfed0_0000, 0x400)]);
     let mcfg =
         device("MCFG", "PNP0C02", 1, vec![&Memory32Fixed::new(true, config.mcfg as u32, MCFG_SIZE as u32)]);

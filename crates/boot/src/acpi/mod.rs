@@ -4,11 +4,13 @@
 //! starts without firmware. Firmware is handed the same tables with a list of what to patch: [`Tables::for_firmware`].
 
 mod dsdt;
+mod hotplug;
 mod loader;
 mod tables;
 
 use std::ops::Range;
 
+pub use hotplug::HotPlug;
 pub use loader::{ForFirmware, LOADER, RSDP, TABLES};
 use memory::Memory;
 
@@ -32,6 +34,8 @@ pub struct Config {
     pub pci_window64: (u64, u64),
     /// Where the PCI configuration space is in memory: [`MCFG`] unless firmware has moved it.
     pub mcfg: u64,
+    /// The slots of bus 0.
+    pub hotplug: HotPlug,
 }
 
 /// The PM block's ports.

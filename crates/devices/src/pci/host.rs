@@ -40,7 +40,7 @@ impl Default for Windows {
 /// No more room: slots on the bus, or addresses in a window.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the PCI bus has no room for {0}; give the machine fewer or smaller devices")]
-pub struct Full(String);
+pub struct Full(pub(super) String);
 
 /// The saved state of the bus: every function's configuration space, and the address register.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,8 +53,8 @@ pub struct HostState {
 
 struct Slot {
     function: Arc<dyn Function>,
-    /// Where its BARs are on the buses.
-    mapped: Mutex<[Option<u64>; 6]>,
+    /// Where its BARs are on the buses; nothing any more when it has been unplugged.
+    mapped: Mutex<Option<[Option<u64>; 6]>>,
 }
 
 type Lines = Box<dyn Fn(u8) -> Line + Send + Sync>;
@@ -100,6 +100,9 @@ impl Function for Bridge {
 }
 
 impl Host {
+    /// Devices that come where there is room, a bit for each: all but the host bridge and the chipset's last.
+    pub const PLUGGABLE: u32 = 0x7fff_fffe;
+
     /// A bridge of `machine` that gives BARs addresses in `windows`. `lines` makes a line to a PIRQ ([`super::Lpc::line`]),
     /// `msi` sends messages; `control` is the reset control register, whose port 0xcf9 lies among the bridge's.
     pub fn new(
@@ -154,13 +157,42 @@ impl Host {
         let at = match at {
             Some(at) if taken(&at) => return Err(Full(format!("another function at {at:?}"))),
             Some(at) => at,
-            None => (1..31)
+            None => (0..32)
+                .filter(|device| Self::PLUGGABLE >> device & 1 == 1)
                 .map(|device| Address { device, function: 0 })
                 .find(|at| !taken(at))
                 .ok_or_else(|| Full("one more device".into()))?,
         };
         self.connect(at, function);
         Ok(at)
+    }
+
+    /// Takes the functions of a device out, while the guest runs: it neither sees them any more, nor do they reach its memory.
+    pub fn unplug(&self, device: u8) -> Vec<Arc<dyn Function>> {
+        let mut slots = self.slots.write().unwrap_or_else(|e| e.into_inner());
+        let at: Vec<_> = slots.keys().filter(|at| at.device == device).copied().collect();
+        let gone: Vec<_> = at.iter().filter_map(|at| slots.remove(at)).collect();
+        drop(slots);
+        for slot in &gone {
+            // No memory, no messages, no pin. Another vCPU may be at the configuration still, but cannot map it any more.
+            let config = slot.function.config();
+            config.write(reg::COMMAND as u64, 2, command::INTX_OFF.into());
+            self.map(slot);
+            let mapped = lock(&slot.mapped).take();
+            if let Some(machine) = self.machine.upgrade() {
+                for (n, bar) in config.bars() {
+                    let start = mapped.and_then(|mapped| mapped[n]);
+                    start.into_iter().for_each(|start| bus(&machine, bar).remove(start));
+                }
+            }
+            slot.function.config_written(reg::COMMAND as u8);
+        }
+        gone.into_iter().map(|slot| slot.function.clone()).collect()
+    }
+
+    /// The devices that are there, a bit for each.
+    pub fn devices(&self) -> u32 {
+        self.slots().iter().fold(0, |devices, (at, _)| devices | 1 << at.device)
     }
 
     /// Gives every BAR an address and enables the functions, as firmware would, for kernels that are started without.
@@ -249,7 +281,7 @@ impl Host {
             pin => (self.lines)(at.pirq(pin - 1)),
         };
         function.config().connect(line, self.msi.clone());
-        let slot = Arc::new(Slot { function, mapped: Mutex::default() });
+        let slot = Arc::new(Slot { function, mapped: Mutex::new(Some([None; 6])) });
         self.slots.write().unwrap_or_else(|e| e.into_inner()).insert(at, slot);
     }
 
@@ -267,7 +299,7 @@ impl Host {
         let Some(machine) = self.machine.upgrade() else { return };
         let config = slot.function.config();
         let mut mapped = lock(&slot.mapped);
-        let bus = |bar| if matches!(bar, Bar::Io(_)) { &machine.ports } else { &machine.mmio };
+        let Some(mapped) = mapped.as_mut() else { return };
         let moved: Vec<_> = config
             .bars()
             .map(|(n, bar)| (n, bar, config.placed(n, bar)))
@@ -275,14 +307,14 @@ impl Host {
             .collect();
         for &(n, bar, _) in &moved {
             if let Some(start) = mapped[n].take() {
-                bus(bar).remove(start);
+                bus(&machine, bar).remove(start);
             }
         }
         for (n, bar, to) in moved {
             let Some(start) = to else { continue };
             let registers = Arc::new(BarRegisters { function: slot.function.clone(), bar: n });
             // What a guest lays over something else is not to be reached, until it moves it.
-            if bus(bar).insert(start, bar.size(), "PCI BAR", registers).is_ok() {
+            if bus(&machine, bar).insert(start, bar.size(), "PCI BAR", registers).is_ok() {
                 mapped[n] = Some(start);
             }
         }
@@ -328,6 +360,11 @@ impl Host {
         let at = Address { device: (bdf >> 3) as u8 & 0x1f, function: bdf as u8 & 7 };
         (bdf >> 8 == 0).then(|| self.slot(at)).flatten()
     }
+}
+
+/// The bus that a BAR's registers are on.
+fn bus(machine: &Machine, bar: Bar) -> &Bus {
+    if matches!(bar, Bar::Io(_)) { &machine.ports } else { &machine.mmio }
 }
 
 /// Takes `size` aligned bytes from the start of a window.

@@ -157,3 +157,10 @@ impl Input for Pirq {
         self.lpc.settle(&state);
     }
 }
+
+impl Drop for Pirq {
+    fn drop(&mut self) {
+        // A device that was unplugged holds nothing up.
+        self.set(false);
+    }
+}

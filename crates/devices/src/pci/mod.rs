@@ -6,6 +6,7 @@
 
 mod config;
 mod host;
+mod hotplug;
 mod lpc;
 mod msi;
 #[cfg(test)]
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use config::{Bar, Config, ConfigState, Id};
 pub use host::{Full, Host, HostState, Windows};
+pub use hotplug::{HotPlug, HotPlugState};
 pub use lpc::{Lpc, LpcState};
 
 use crate::At;
@@ -25,6 +27,10 @@ use crate::At;
 pub const CONFIG: At = At::new(0xcf8, 8);
 /// The memory-mapped configuration space of 256 buses, unless firmware moves it.
 pub const ECAM: At = At::new(0xb000_0000, 256 << 20);
+/// Ports of the hot-plug registers.
+pub const HOTPLUG: At = At::new(0xcc0, 0x10);
+/// The general-purpose event that says that they have news.
+pub const HOTPLUG_GPE: u8 = 1;
 /// Where the LPC bridge is.
 pub const LPC: Address = Address { device: 0x1f, function: 0 };
 /// The first GSI of the eight PIRQ lines.

@@ -1,4 +1,5 @@
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use machine::irq::{Line, Msi};
 use machine::{Bus, Machine, Memory, Power, Registers};
@@ -46,6 +47,7 @@ impl Function for Dummy {
 }
 
 struct Bed {
+    pm: Arc<pm::Pm>,
     machine: Arc<Machine>,
     host: Arc<Host>,
     lpc: Arc<Lpc>,
@@ -67,7 +69,7 @@ fn bed() -> Bed {
         power: power.clone(),
     });
     let (lines, gsis): (Vec<_>, Vec<_>) = (0..24).map(|_| probe()).unzip();
-    let lpc = Lpc::new(Arc::downgrade(&machine), pm, |gsi| lines[usize::from(gsi)].clone());
+    let lpc = Lpc::new(Arc::downgrade(&machine), pm.clone(), |gsi| lines[usize::from(gsi)].clone());
     let (tx, messages) = mpsc::channel();
     let tx = Mutex::new(tx);
     let pirqs = lpc.clone();
@@ -82,7 +84,7 @@ fn bed() -> Bed {
     host.plug(Some(LPC), lpc.clone()).unwrap();
     let dummy = Dummy::new();
     assert_eq!(host.plug(None, dummy.clone()).unwrap(), Address::new(1, 0).unwrap());
-    Bed { machine, host, lpc, dummy, gsis, messages }
+    Bed { pm, machine, host, lpc, dummy, gsis, messages }
 }
 
 impl Bed {
@@ -240,6 +242,85 @@ fn state_moves_to_another_bus() {
     assert_eq!(lock(&two.dummy.registers)[0], 0x77);
     assert_eq!(two.machine.ports.read(0xb004, 2) & 1, 1);
     assert_eq!(two.machine.mmio.read(0xa000_0000, 4), 0x29c0_8086);
+}
+
+#[test]
+fn devices_come_and_go_while_the_guest_runs() {
+    let bed = bed();
+    let hotplug = HotPlug::new(&bed.host, bed.pm.clone());
+    bed.machine.ports.insert(HOTPLUG.start, HOTPLUG.len, "hot-plug", hotplug.clone()).unwrap();
+    let registers = |at| bed.machine.ports.read(HOTPLUG.start + at, 4);
+    assert_eq!(hotplug.slots(), 0x7fff_fffc, "the first device stays");
+    assert!(!hotplug.has_listener());
+    bed.machine.ports.write(pm::GPE0 + 8, 1, 1 << HOTPLUG_GPE);
+    assert!(hotplug.has_listener());
+
+    let dummy = Dummy::new();
+    let at = hotplug.insert(dummy.clone()).unwrap();
+    assert_eq!((at.device(), hotplug.slots()), (2, 0x7fff_fffc));
+    assert_eq!(bed.machine.ports.read(pm::GPE0, 1), 1 << HOTPLUG_GPE);
+    assert!(!hotplug.wait_noticed(at, Duration::ZERO));
+    assert_eq!((registers(0), registers(0), registers(4)), (4, 0, 0));
+    assert!(hotplug.wait_noticed(at, Duration::ZERO));
+    bed.write(2, 0x10, 4, 0xd000_0000);
+    bed.write(2, 4, 2, 2);
+    assert_eq!(bed.machine.mmio.read(0xd000_0000, 4), 0);
+    dummy.config.set_intx(true);
+    let gsi = &bed.gsis[usize::from(PIRQ_GSI + at.pirq(0))];
+    assert!(gsi.level());
+
+    // What the host does not ask for either may go; what stays stays.
+    hotplug.ask(at);
+    assert_eq!(registers(4), 4);
+    hotplug.withdraw(at);
+    assert_eq!(registers(4), 0);
+    bed.machine.ports.write(HOTPLUG.start + 8, 4, 0xffff_ffff);
+    assert!(hotplug.wait_ejected(at, Duration::ZERO) && !gsi.level());
+    assert_eq!(bed.read(2, 0, 4), 0xffff_ffff);
+    assert_eq!(bed.machine.mmio.read(0xd000_0000, 4), 0xffff_ffff);
+    assert_eq!((bed.read(1, 0, 4), bed.read(0x1f, 0, 4)), (0x1041_1af4, 0x2918_8086));
+    assert_eq!(hotplug.remove(at).len(), 1);
+    assert_eq!(hotplug.remove(at).len(), 0);
+    assert_eq!(Arc::strong_count(&dummy), 1, "nobody holds it any more");
+
+    // It does not come back to the buses, whoever writes to it.
+    let state = Saved::V1(HotPlugState { up: u32::MAX, down: u32::MAX });
+    hotplug.set_state(&through_json(&state));
+    assert_eq!(hotplug.state(), Saved::V1(HotPlugState::default()));
+    assert_eq!(hotplug.plug(Some(at), dummy).unwrap(), at);
+    assert_eq!(hotplug.remove(at).len(), 1);
+    while hotplug.insert(Dummy::new()).is_ok() {}
+    batter(&*hotplug, HOTPLUG.len, 20_000, None);
+    assert_eq!(bed.read(1, 0, 4), 0x1041_1af4);
+}
+
+#[test]
+fn a_device_that_goes_while_another_vcpu_uses_it_leaves_nothing() {
+    let bed = bed();
+    let hotplug = HotPlug::new(&bed.host, bed.pm.clone());
+    let machine = bed.machine.clone();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (done, ecam) = (stop.clone(), ECAM.start | 2 << 15);
+    let vcpu = std::thread::spawn(move || {
+        while !done.load(std::sync::atomic::Ordering::SeqCst) {
+            machine.mmio.write(ecam | 0x10, 4, 0xd000_0000);
+            machine.mmio.write(ecam | 4, 2, 3);
+            machine.mmio.write(0xd000_0000, 4, 1);
+        }
+    });
+    for _ in 0..300 {
+        let dummy = Dummy::new();
+        let at = hotplug.insert(dummy.clone()).unwrap();
+        let patience = std::time::Instant::now() + Duration::from_secs(100);
+        while lock(&dummy.registers)[0] == 0 {
+            assert!(std::time::Instant::now() < patience);
+            std::thread::yield_now();
+        }
+        assert_eq!(hotplug.remove(at).len(), 1);
+    }
+    stop.store(true, std::sync::atomic::Ordering::SeqCst);
+    vcpu.join().unwrap();
+    assert_eq!(bed.machine.mmio.read(0xd000_0000, 4), 0xffff_ffff);
 }
 
 #[test]

@@ -122,6 +122,11 @@ impl Pm {
         self.settle(state);
     }
 
+    /// Whether the guest's system listens to general-purpose event `bit`, 0 to 63.
+    pub fn hears_gpe(&self, bit: u8) -> bool {
+        lock(&self.state).gpe_enable >> (bit & 63) & 1 == 1
+    }
+
     /// The registers.
     pub fn state(&self) -> Saved<State> {
         Saved::V1(lock(&self.state).clone())

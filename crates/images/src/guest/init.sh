@@ -9,15 +9,18 @@ busybox mount -t tmpfs tmp /tmp
 busybox --install -s
 busybox hostname lodge
 busybox ip link set lo up
-# Drivers of what there is, by PCI device or class.
-load() {
-    busybox grep -q "$1" /sys/bus/pci/devices/*/"$2" 2>/dev/null || return 0
-    shift 2
+insert() {
     for kind; do
         for module in "/lib/modules/$kind"/*.ko; do
             [ -f "$module" ] && busybox insmod "$module" 2>/dev/null
         done
     done
+}
+# Drivers of what there is, by PCI device or class.
+load() {
+    busybox grep -q "$1" /sys/bus/pci/devices/*/"$2" 2>/dev/null || return 0
+    shift 2
+    insert "$@"
 }
 load 0x1042 device virtio blk
 load 0x105a device virtio fs
@@ -44,6 +47,6 @@ if [ -x /sbin/lodge-agent ]; then
         exec /sbin/lodge-agent
     } &
 fi
-# Memory that is free goes back to the host, in guests that stay for a while.
-{ busybox sleep 3; load 0x1045 device virtio balloon; } &
+# For guests that stay for a while: memory that is free goes back to the host, and disks may come.
+{ busybox sleep 3; load 0x1045 device virtio balloon; insert virtio blk nvme; } &
 exec busybox init

@@ -3,8 +3,9 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
-use super::{Answer, LONGEST_LINE, Memory, PATIENCE, Request, Status};
+use super::{Answer, DiskStatus, LONGEST_LINE, Memory, PATIENCE, Request, Status, seconds};
 
 /// Why a VM did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +37,11 @@ impl Client {
 
     fn ask(&mut self, request: &Request) -> Result<Answer, Refused> {
         let stream = self.0.get_ref();
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let guest = match request {
+            Request::DetachDisk { patience, .. } => seconds(*patience),
+            _ => Duration::ZERO,
+        };
+        stream.set_read_timeout(Some(PATIENCE + guest))?;
         let mut line = serde_json::to_vec(request).map_err(io::Error::from)?;
         line.push(b'\n');
         (&*stream).write_all(&line)?;
@@ -80,6 +85,17 @@ impl Client {
     pub fn memory(mut self, target: Option<u64>) -> Result<Memory, Refused> {
         match self.ask(&Request::Memory(target))? {
             Answer::Memory(memory) => Ok(memory),
+            _ => Err(Refused::Unknown),
+        }
+    }
+
+    /// The disks: all, or the one that is attached by this.
+    ///
+    /// # Errors
+    /// There is none, or it is not attached.
+    pub fn disks(mut self, request: &Request) -> Result<Vec<DiskStatus>, Refused> {
+        match self.ask(request)? {
+            Answer::Disks(disks) => Ok(disks),
             _ => Err(Refused::Unknown),
         }
     }

@@ -7,15 +7,18 @@
 mod client;
 mod server;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 pub use client::{Client, Refused};
-pub use server::{Server, Taken};
+pub use server::{Server, Subject, Taken};
+
+pub use crate::storage::{DiskState, DiskStatus, NewDisk};
 
 /// What a client asks for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// What the VM is: [`Answer::Status`].
@@ -36,6 +39,21 @@ pub enum Request {
     Press(String),
     /// The VM's end: [`Answer::Stream`], which ends then.
     Wait,
+    /// Another disk for the guest: [`Answer::Disks`], of that one alone.
+    AttachDisk(NewDisk),
+    /// The guest is to give up a disk, whose image is closed then.
+    DetachDisk {
+        /// Its serial number or path.
+        which: String,
+        /// The path as an absolute one, if there is such a file.
+        path: Option<PathBuf>,
+        /// How long the guest has for it, in seconds.
+        patience: f64,
+        /// It is taken away, whether or not the guest gives it up.
+        force: bool,
+    },
+    /// What disks there are: [`Answer::Disks`].
+    Disks,
     /// A stream to a port of the guest's virtio socket: [`Answer::Stream`].
     Socket {
         /// The port.
@@ -53,6 +71,8 @@ pub enum Answer {
     Status(Status),
     /// How much memory the guest has.
     Memory(Memory),
+    /// The disks.
+    Disks(Vec<DiskStatus>),
     /// Bytes follow, in both directions.
     Stream,
     /// It was not done: one line, with a way out.
@@ -97,6 +117,11 @@ pub struct Memory {
 const LONGEST_LINE: u64 = 64 << 10;
 /// How long either side waits for the other's line.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A guest's time, of a day at most.
+fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or_default().min(Duration::from_secs(86400))
+}
 
 #[cfg(test)]
 mod tests;

@@ -14,9 +14,10 @@ use machine::Power;
 use machine::power::End;
 use screens::{Key, Screen};
 
-use super::{Answer, LONGEST_LINE, Memory, PATIENCE, Request, Status};
+use super::{Answer, LONGEST_LINE, Memory, PATIENCE, Request, Status, seconds};
 use crate::config::{Balloon, Sockets};
 use crate::console::{Console, View};
+use crate::storage::Disks;
 
 /// How long a guest may take to answer: less than clients wait.
 const GUEST_PATIENCE: Duration = Duration::from_secs(5);
@@ -45,15 +46,22 @@ pub struct Server {
 }
 
 /// What requests are about: it outlives the machine's resets.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Subject {
+    pub status: Status,
+    pub console: Arc<Console>,
+    pub sockets: Arc<Sockets>,
+    pub power: Power,
+    pub balloon: Arc<Balloon>,
+    pub screen: Arc<Screen>,
+    pub disks: Arc<Disks>,
+}
+
 #[derive(Debug)]
 struct Vm {
-    status: Status,
+    of: Subject,
     begun: Instant,
-    console: Arc<Console>,
-    sockets: Arc<Sockets>,
-    power: Power,
-    balloon: Arc<Balloon>,
-    screen: Arc<Screen>,
     clients: AtomicUsize,
 }
 
@@ -87,26 +95,9 @@ impl Server {
     ///
     /// # Errors
     /// The host gives no thread.
-    pub fn serve(
-        &self,
-        status: Status,
-        console: &Arc<Console>,
-        sockets: &Arc<Sockets>,
-        balloon: &Arc<Balloon>,
-        power: &Power,
-        screen: &Arc<Screen>,
-    ) -> io::Result<()> {
+    pub fn serve(&self, of: Subject) -> io::Result<()> {
         let listener = self.listener.try_clone()?;
-        let vm = Arc::new(Vm {
-            status,
-            begun: Instant::now(),
-            console: console.clone(),
-            sockets: sockets.clone(),
-            power: power.clone(),
-            balloon: balloon.clone(),
-            screen: screen.clone(),
-            clients: AtomicUsize::new(0),
-        });
+        let vm = Arc::new(Vm { of, begun: Instant::now(), clients: AtomicUsize::new(0) });
         std::thread::Builder::new().name("control".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
                 let vm = vm.clone();
@@ -143,20 +134,31 @@ impl Vm {
         (&mut from).take(LONGEST_LINE).read_until(b'\n', &mut line)?;
         let answer = match serde_json::from_slice(&line) {
             Ok(Request::Status) => {
-                Answer::Status(Status { seconds: self.begun.elapsed().as_secs(), ..self.status.clone() })
+                Answer::Status(Status { seconds: self.begun.elapsed().as_secs(), ..self.of.status.clone() })
             }
             Ok(Request::PowerButton) => {
-                self.console.press_power_button();
+                self.of.console.press_power_button();
                 Answer::Done
             }
             Ok(Request::Stop) => {
-                self.power.request(End::Stopped("`lodge stop`"));
+                self.of.power.request(End::Stopped("`lodge stop`"));
                 Answer::Done
             }
             Ok(Request::Socket { port }) => return self.connect(from, port),
             Ok(Request::Memory(target)) => self.memory(target),
+            Ok(Request::AttachDisk(disk)) => match self.of.disks.attach(&disk) {
+                Ok(disk) => Answer::Disks(vec![disk]),
+                Err(refusal) => Answer::Refused(refusal.to_string()),
+            },
+            Ok(Request::DetachDisk { which, path, patience, force }) => {
+                match self.of.disks.detach(&which, path.as_deref(), seconds(patience), force) {
+                    Ok(()) => Answer::Done,
+                    Err(refusal) => Answer::Refused(refusal.to_string()),
+                }
+            }
+            Ok(Request::Disks) => Answer::Disks(self.of.disks.list()),
             Ok(Request::Screenshot) => return self.picture(&stream),
-            Ok(Request::Type(text)) => match self.screen.type_text(&text) {
+            Ok(Request::Type(text)) => match self.of.screen.type_text(&text) {
                 typed if typed == text.chars().count() => Answer::Done,
                 typed => Answer::Refused(format!(
                     "after {typed} characters the guest took no more: it reads no keyboard, or a US keyboard has no such character"
@@ -181,7 +183,7 @@ impl Vm {
     /// Connects a client to a program of the guest's.
     fn connect(&self, mut from: BufReader<&UnixStream>, port: u32) -> io::Result<()> {
         let stream = *from.get_ref();
-        let opened = self.sockets.begin(port).and_then(|guest| guest.wait(GUEST_PATIENCE).map(|()| guest));
+        let opened = self.of.sockets.begin(port).and_then(|guest| guest.wait(GUEST_PATIENCE).map(|()| guest));
         let guest = match opened {
             Ok(guest) => guest,
             Err(error) => return say(stream, &Answer::Refused(refusal(&error, port))),
@@ -207,38 +209,38 @@ impl Vm {
     }
 
     fn memory(&self, target: Option<u64>) -> Answer {
-        let size = self.status.memory;
+        let size = self.of.status.memory;
         if let Some(bytes) = target {
-            if !self.balloon.has_driver() {
+            if !self.of.balloon.has_driver() {
                 return Answer::Refused(
                     "the guest has no driver for its memory balloon; Linux's is called virtio_balloon".into(),
                 );
             }
-            self.balloon.set((bytes < size).then_some(bytes));
+            self.of.balloon.set((bytes < size).then_some(bytes));
         }
-        let stats = self.balloon.stats(TELLING).unwrap_or_default();
+        let stats = self.of.balloon.stats(TELLING).unwrap_or_default();
         Answer::Memory(Memory {
             size,
-            target: self.balloon.wanted().unwrap_or(size),
-            has: size.saturating_sub(self.balloon.ballooned()),
-            held: self.balloon.held(),
+            target: self.of.balloon.wanted().unwrap_or(size),
+            has: size.saturating_sub(self.of.balloon.ballooned()),
+            held: self.of.balloon.held(),
             free: stats.free,
             available: stats.available,
         })
     }
 
     fn picture(&self, stream: &UnixStream) -> io::Result<()> {
-        if !self.screen.has_display() {
+        if !self.of.screen.has_display() {
             let why = "this virtual machine has no display; give it one with `lodge run --display vga`";
             return say(stream, &Answer::Refused(why.into()));
         }
         say(stream, &Answer::Stream)?;
-        self.screen.picture().png(stream)
+        self.of.screen.picture().png(stream)
     }
 
     fn press(&self, keys: &str) -> Answer {
         match Key::chord(keys) {
-            Ok(keys) if self.screen.press(&keys) => Answer::Done,
+            Ok(keys) if self.of.screen.press(&keys) => Answer::Done,
             Ok(_) => Answer::Refused("the guest reads no keyboard".into()),
             Err(name) => Answer::Refused(format!(
                 "no key is called \"{name}\"; there are a, 1, enter, esc, f1, ctrl, alt, delete … and chords such as ctrl-alt-delete"
@@ -252,7 +254,7 @@ impl Vm {
         stream.set_read_timeout(None)?;
         // A user may look at what is shown for as long as they like.
         stream.set_write_timeout(None)?;
-        let View { id, recent, news } = self.console.view();
+        let View { id, recent, news } = self.of.console.view();
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 let mut to = stream;
@@ -267,11 +269,11 @@ impl Vm {
             let typed = loop {
                 match from.read(&mut buffer) {
                     Ok(0) => break Ok(()),
-                    Ok(n) => self.console.push(&buffer[..n]),
+                    Ok(n) => self.of.console.push(&buffer[..n]),
                     Err(error) => break Err(error),
                 }
             };
-            self.console.end_view(id);
+            self.of.console.end_view(id);
             let _ = stream.shutdown(std::net::Shutdown::Both);
             typed
         })

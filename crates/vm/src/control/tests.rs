@@ -21,9 +21,16 @@ impl Bed {
         let dir = tempfile::Builder::new().prefix(&"d".repeat(150)).tempdir().unwrap();
         let (power, console) = (Power::default(), Arc::new(Console::new(Box::new(std::io::sink()))));
         let server = Server::bind(dir.path(), "one").unwrap();
-        server
-            .serve(status(), &console, &Arc::default(), &Arc::default(), &power, &crate::Screen::new())
-            .unwrap();
+        let subject = Subject {
+            status: status(),
+            console: console.clone(),
+            sockets: Arc::default(),
+            power: power.clone(),
+            balloon: Arc::default(),
+            screen: crate::Screen::new(),
+            disks: Arc::default(),
+        };
+        server.serve(subject).unwrap();
         Self { dir, power, console, _server: server }
     }
 
@@ -61,6 +68,39 @@ fn it_tells_and_does_what_it_is_asked() {
     assert_eq!(bed.power.wait(None), Some(End::Stopped("`lodge stop`")));
     let wrong = bed.client().stream(&Request::Status);
     assert!(matches!(wrong, Err(Refused::Unknown)), "{wrong:?}");
+}
+
+#[test]
+fn disks_come_and_go_by_name() {
+    let bed = Bed::new();
+    let path = bed.dir.path().join("a.img");
+    std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+    let options = disks::Options { format: Some(disks::Format::Raw), ..Default::default() };
+    let new = NewDisk { path: path.clone(), options, serial: None, bus: Default::default() };
+    let attach = |new: &NewDisk| bed.client().disks(&Request::AttachDisk(new.clone()));
+    let disk = attach(&new).unwrap();
+    assert_eq!(
+        (disk[0].serial.as_str(), disk[0].size, disk[0].state),
+        ("lodge-0", 1 << 20, DiskState::Attached)
+    );
+    assert_eq!(bed.client().disks(&Request::Disks).unwrap(), disk);
+    let refused = |new| attach(&new).unwrap_err().to_string();
+    assert!(refused(new.clone()).contains("in use"), "{}", refused(new.clone()));
+    let other = path.with_file_name("b.img");
+    std::fs::write(&other, []).unwrap();
+    let twin = NewDisk { path: other, serial: Some("lodge-0".into()), ..new.clone() };
+    assert!(refused(twin.clone()).contains("serial number lodge-0"));
+    assert!(refused(NewDisk { bus: crate::DiskBus::Sata, ..twin }).contains("bus=virtio"));
+
+    let detach = |which: &str, path| {
+        let which = which.to_owned();
+        bed.client().tell(&Request::DetachDisk { which, path, patience: 1.0, force: false })
+    };
+    assert!(detach("lodge-1", None).unwrap_err().to_string().contains("no disk is called lodge-1"));
+    detach("a.img", path.canonicalize().ok()).unwrap();
+    assert!(bed.client().disks(&Request::Disks).unwrap().is_empty());
+    // Its image is closed.
+    drop(disks::Disk::open(&path, &new.options).unwrap());
 }
 
 #[test]
