@@ -100,6 +100,8 @@ pub struct Bed {
     image: Cpio,
     /// Those of this host that are in it.
     libraries: BTreeSet<String>,
+    /// Files that are its NVMe disks, for reading.
+    drives: Vec<PathBuf>,
     trace: bool,
 }
 
@@ -123,7 +125,13 @@ impl Bed {
         for (name, file) in MODULES.iter().zip(&files[1..]) {
             image.file(&format!("modules/{name}.ko"), 0o644, &file.module()?);
         }
-        Ok(Self { kernel: files[0].stored.clone(), image, libraries: BTreeSet::new(), trace: false })
+        Ok(Self {
+            kernel: files[0].stored.clone(),
+            image,
+            libraries: BTreeSet::new(),
+            drives: Vec::new(),
+            trace: false,
+        })
     }
 
     /// Puts the program `from` into the bed as `to`, with the libraries that it needs.
@@ -141,6 +149,18 @@ impl Bed {
     pub fn file(&mut self, to: &str, from: &Path) -> Result<&mut Self> {
         self.image.file(to, 0o755, &read(from)?);
         Ok(self)
+    }
+
+    /// Puts a program's or script's `text` into the bed as `to`.
+    pub fn text(&mut self, to: &str, text: &str) -> &mut Self {
+        self.image.file(to, 0o755, text.as_bytes());
+        self
+    }
+
+    /// Lets the bed read the file `from`, of whole sectors, as its next disk: /dev/nvme0n1 is the first.
+    pub fn drive(&mut self, from: &Path) -> &mut Self {
+        self.drives.push(from.to_owned());
+        self
     }
 
     /// Has the outer kernel trace its KVM, and a job that ends with the wrong status show the end of that.
@@ -189,7 +209,7 @@ impl Bed {
         fs::create_dir_all(&dir)?;
         let initrd = dir.join(format!("bed-{}.cpio", std::process::id()));
         fs::write(&initrd, image.finish()).with_context(|| format!("cannot write {}", initrd.display()))?;
-        let result = console(&self.kernel, &initrd, jobs, verbose);
+        let result = console(self, &initrd, jobs, verbose);
         let _ = fs::remove_file(&initrd);
         result
     }
@@ -238,13 +258,19 @@ impl Drop for Machine {
 }
 
 /// Boots, and gives back what the serial console said until QEMU ended, or had to be ended since it stood still.
-fn console(kernel: &Path, initrd: &Path, jobs: &[Job], verbose: bool) -> Result<(String, bool)> {
-    let child = Command::new("qemu-system-x86_64")
+fn console(bed: &Bed, initrd: &Path, jobs: &[Job], verbose: bool) -> Result<(String, bool)> {
+    let mut command = Command::new("qemu-system-x86_64");
+    for (n, path) in bed.drives.iter().enumerate() {
+        let path = path.display().to_string().replace(',', ",,");
+        let drive = format!("file={path},if=none,id=drive{n},format=raw,readonly=on,file.locking=off");
+        command.args(["-drive", &drive, "-device", &format!("nvme,serial={n},drive=drive{n}")]);
+    }
+    let child = command
         .args(QEMU)
         .args(["-display", "none", "-serial", "stdio"])
         // Files of a ramfs count as files when memory is measured, those of a tmpfs as shared memory.
         .args(["-append", "console=ttyS0 quiet panic=-1 rootfstype=ramfs", "-kernel"])
-        .arg(kernel)
+        .arg(&bed.kernel)
         .arg("-initrd")
         .arg(initrd)
         .stdin(Stdio::null())

@@ -1,6 +1,7 @@
 //! `cargo xtask nested`: what the KVM engine must be able to do, on a KVM that works; and how fast it does it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -31,12 +32,20 @@ impl Args {
     pub const ALL: Self = Self { verbose: false, only: None, trace: false, times: 1 };
 }
 
+/// The command: the one that `LODGE_BIN` names, as for the tests, or built now.
+fn lodge() -> Result<PathBuf> {
+    match std::env::var_os("LODGE_BIN") {
+        Some(path) => Ok(path.into()),
+        None => sh::build(&["build", "--release", "-p", "lodge"]),
+    }
+}
+
 /// A bed with Lodge and the default guest in it.
 fn furnished() -> Result<(Bed, images::Guest)> {
     let mut bed = Bed::new()?;
     let guest = images::default_guest(&Options::default(), &mut Silent)?;
     bed.file("vmlinuz", &guest.kernel)?.file("initrd", &guest.initrd)?;
-    bed.program("lodge", &sh::build(&["build", "--release", "-p", "lodge"])?)?;
+    bed.program("lodge", &lodge()?)?;
     Ok((bed, guest))
 }
 
@@ -50,13 +59,37 @@ pub fn run(args: &Args) -> Result<()> {
     let suites = || guests::SUITES.iter().filter(|name| !name.starts_with("multiboot"));
     jobs.extend(suites().map(|name| suite(name)));
     jobs.extend([1, 2].map(linux));
+    jobs.extend([
+        Job::new("devices, from both sides and over a reset", "/devices.sh", 170)
+            .expecting("after the reset, on /dev/hvc0, packed: 1")
+            .expecting("exec in lodge")
+            .expecting("the disks are as the guest left them"),
+        Job::new("SATA, and a 32-bit kernel", "/sata.sh", 120).expecting("the disk has what the CD had"),
+    ]);
     if let Some(only) = &args.only {
+        // These take longer than there is time for when all jobs run.
+        jobs.extend([
+            Job::new("a Debian from its disk", "/debian.sh", 600),
+            Job::new("a Debian from its disk, by firmware", "/debian.sh --firmware bios", 600),
+        ]);
         jobs.retain(|job| job.name.contains(only));
         ensure!(!jobs.is_empty(), "no job of the nested bed has {only:?} in its name");
     }
     let (mut bed, _) = furnished()?;
     if jobs.iter().any(|job| job.command.starts_with("/tiny")) {
         bed.program("tiny", &sh::build(&["test", "--no-run", "-p", "lodge-kvm", "--test", "guests"])?)?;
+    }
+    bed.text("devices.sh", include_str!("nested/devices.sh"))
+        .text("guest.sh", include_str!("nested/guest.sh"))
+        .text("sata.sh", include_str!("nested/sata.sh"))
+        .text("debian.sh", include_str!("nested/debian.sh"));
+    if jobs.iter().any(|job| job.command == "/sata.sh") {
+        let options = Options { arch: "i386".into(), ..Options::default() };
+        let guest = images::default_guest(&options, &mut Silent)?;
+        bed.file("i386/vmlinuz", &guest.kernel)?.file("i386/initrd", &guest.initrd)?;
+    }
+    if jobs.iter().any(|job| job.command.starts_with("/debian.sh")) {
+        debian(&mut bed)?;
     }
     let bare = guests::build()?;
     for name in suites() {
@@ -106,6 +139,27 @@ fn linux(cpus: u32) -> Job {
     .expecting("the command ended with status 0")
 }
 
+/// A VM with Debian, which the command makes; its base is the bed's disk.
+fn debian(bed: &mut Bed) -> Result<()> {
+    let data = sh::target_dir().join("bed");
+    let vm = data.join("vms/bed");
+    if !vm.join("vm.json").exists() {
+        let mut command = Command::new(lodge()?);
+        command.args(["run", "debian:13"]);
+        // It ends before it has written anything.
+        command.args(["--name", "bed", "--engine", "interpret", "--timeout", "1"]);
+        command.env("LODGE_DATA_DIR", &data).stdin(Stdio::null()).stdout(Stdio::null()).status()?;
+    }
+    for name in ["vm.json", "vmlinuz", "initrd.img", "disk.qcow2", "seed.img"] {
+        bed.file(&format!("bed/{name}"), &vm.join(name))?;
+    }
+    for path in ["/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/vgabios-stdvga.bin"] {
+        bed.file(path.trim_start_matches('/'), Path::new(path))?;
+    }
+    bed.drive(&vm.join("base.qcow2"));
+    Ok(())
+}
+
 /// Prints a line per job, and what those that failed wrote.
 fn report(jobs: &[Job], outcomes: &[Outcome]) -> Result<()> {
     let mut failed = 0;
@@ -146,29 +200,40 @@ const QEMU_FILES: [&str; 4] = [
     "/usr/share/qemu/pvh.bin",
 ];
 
-/// `cargo xtask bench boot`, its second half: Lodge beside QEMU on the bed's KVM. `args` are for `lodge-bench boot`.
-pub fn bench_boot(args: &[String]) -> Result<()> {
+/// What a benchmark needs in the bed, Lodge's and QEMU's.
+fn bench_bed() -> Result<(Bed, images::Guest)> {
     let (mut bed, guest) = furnished()?;
     bed.program("lodge-bench", &sh::build(&["build", "--release", "-p", "lodge-bench"])?)?;
     bed.program("usr/bin/qemu-system-x86_64", &PathBuf::from("/usr/bin/qemu-system-x86_64"))?;
     for path in QEMU_FILES {
         bed.file(path.trim_start_matches('/'), &PathBuf::from(path))?;
     }
-    let command = format!(
-        "/lodge-bench boot --engine kvm,qemu-kvm --kernel /vmlinuz --initrd /initrd --cmdline '{}' {}",
-        guest.cmdline,
-        args.join(" ")
-    );
-    let jobs = [Job::new("bench boot", command, 1800)];
+    Ok((bed, guest))
+}
+
+/// Runs a benchmark in the bed, and prints what it says.
+fn bench(bed: &Bed, name: &str, command: String) -> Result<()> {
+    let jobs = [Job::new(name, command, 1800)];
     let outcomes = bed.run(&jobs, false)?;
     let outcome = outcomes.first().context("no outcome")?;
     if let Some(why) = why_failed(&jobs[0], outcome) {
-        bail!("bench boot failed in the nested bed: {why}\n{}", outcome.output);
+        bail!("{name} failed in the nested bed: {why}\n{}", outcome.output);
     }
     // Those in brackets are the outer kernel's.
     let lines: Vec<&str> = outcome.output.lines().filter(|line| !line.starts_with('[')).collect();
     println!("\non KVM in the nested bed: {}", lines.join("\n").trim());
     Ok(())
+}
+
+/// `cargo xtask bench boot`, its second half: Lodge beside QEMU on the bed's KVM. `args` are for `lodge-bench boot`.
+pub fn bench_boot(args: &[String]) -> Result<()> {
+    let (bed, guest) = bench_bed()?;
+    let command = format!(
+        "/lodge-bench boot --engine kvm,qemu-kvm --kernel /vmlinuz --initrd /initrd --cmdline '{}' {}",
+        guest.cmdline,
+        args.join(" ")
+    );
+    bench(&bed, "bench boot", command)
 }
 
 #[cfg(test)]

@@ -1,7 +1,11 @@
 //! The port bus and the memory bus: address ranges, and the registers behind them.
 
+use std::any::Any;
 use std::fmt;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, OnceLock, RwLock};
+
+use memory::Gpa;
+use vmm_sys_util::eventfd::EventFd;
 
 /// The registers of a device, as one range of addresses. Called from any vCPU's thread; a device locks what it must.
 pub trait Registers: Send + Sync {
@@ -10,7 +14,23 @@ pub trait Registers: Send + Sync {
 
     /// Writes the low `size` (1, 2, 4 or 8) bytes of `value`; the rest are zero.
     fn write(&self, offset: u64, size: u8, value: u64);
+
+    /// Registers of which all that matters is that they are written to, however wide and whatever: their offsets, and what a
+    /// write signals.
+    fn doorbells(&self) -> Vec<(u64, Arc<EventFd>)> {
+        Vec::new()
+    }
 }
+
+/// An engine that can signal an event when the guest writes to an address, without a way over the bus.
+pub trait Doorbells: Send + Sync {
+    /// Has every write to `address` signal `event`, until the result is dropped. `None` where that cannot be had: then writes
+    /// go over the bus.
+    fn watch(&self, address: Gpa, event: &Arc<EventFd>) -> Option<Watch>;
+}
+
+/// A doorbell that an engine looks after, for as long as this is there.
+pub type Watch = Box<dyn Any + Send + Sync>;
 
 /// The range is taken.
 #[derive(Debug, thiserror::Error)]
@@ -22,18 +42,20 @@ pub struct Overlap {
     other: &'static str,
 }
 
-#[derive(Clone)]
 struct Range {
     start: u64,
     last: u64,
     what: &'static str,
     to: Arc<dyn Registers>,
+    /// Those of its doorbells that the engine looks after.
+    _watches: Vec<Watch>,
 }
 
 /// An address space of device registers. Ranges come and go while the guest runs (PCI BARs move).
 #[derive(Default)]
 pub struct Bus {
     ranges: RwLock<Vec<Range>>,
+    engine: OnceLock<Arc<dyn Doorbells>>,
 }
 
 impl fmt::Debug for Bus {
@@ -47,6 +69,12 @@ impl fmt::Debug for Bus {
 }
 
 impl Bus {
+    /// Lets `engine` look after the doorbells of what is put on the bus from now on.
+    pub fn leave_doorbells_to(&self, engine: Arc<dyn Doorbells>) {
+        // A second one has nothing left to do.
+        let _ = self.engine.set(engine);
+    }
+
     /// Puts registers at `start`, `len` bytes of them (not 0, and not past the end of the address space).
     ///
     /// # Errors
@@ -64,7 +92,9 @@ impl Bus {
         if let Some(r) = ranges.get(at).filter(|r| r.start <= last) {
             return Err(Overlap { what, start, last, other: r.what });
         }
-        ranges.insert(at, Range { start, last, what, to });
+        let watch = |(offset, event)| self.engine.get()?.watch(start.checked_add(offset)?, &event);
+        let watches = to.doorbells().into_iter().filter_map(watch).collect();
+        ranges.insert(at, Range { start, last, what, to, _watches: watches });
         Ok(())
     }
 
@@ -141,6 +171,56 @@ mod tests {
         assert_eq!(bus.read(0x64, 4), 0xffff_4433);
         assert_eq!(bus.read(0x70, 2), 0xffff);
         assert_eq!(bus.read(u64::MAX, 8) >> 56, 0xff);
+    }
+
+    /// A doorbell 4 bytes into its range.
+    struct Bell(Arc<EventFd>);
+
+    impl Registers for Bell {
+        fn read(&self, _: u64, _: u8) -> u64 {
+            0
+        }
+
+        fn write(&self, _: u64, _: u8, _: u64) {}
+
+        fn doorbells(&self) -> Vec<(u64, Arc<EventFd>)> {
+            vec![(4, self.0.clone())]
+        }
+    }
+
+    /// Where doorbells are, as an engine is told.
+    #[derive(Default)]
+    struct Engine(Arc<Mutex<Vec<Gpa>>>);
+
+    struct Watched(Arc<Mutex<Vec<Gpa>>>, Gpa);
+
+    impl Drop for Watched {
+        fn drop(&mut self) {
+            self.0.lock().unwrap().retain(|at| *at != self.1);
+        }
+    }
+
+    impl Doorbells for Engine {
+        fn watch(&self, address: Gpa, _: &Arc<EventFd>) -> Option<Watch> {
+            self.0.lock().unwrap().push(address);
+            Some(Box::new(Watched(self.0.clone(), address)))
+        }
+    }
+
+    #[test]
+    fn doorbells_go_where_their_registers_go() {
+        let (bus, engine) = (Bus::default(), Engine::default());
+        let at = engine.0.clone();
+        bus.leave_doorbells_to(Arc::new(engine));
+        let bell = Arc::new(Bell(Arc::new(EventFd::new(0).unwrap())));
+        bus.insert(0x1000, 0x10, "bell", bell.clone()).unwrap();
+        bus.insert(0x1008, 0x10, "another", bell.clone()).unwrap_err();
+        assert_eq!(*at.lock().unwrap(), [0x1004], "none of what is not on the bus");
+        bus.remove(0x1000);
+        bus.insert(0x5000, 0x10, "bell", bell).unwrap();
+        assert_eq!(*at.lock().unwrap(), [0x5004]);
+        drop(bus);
+        assert!(at.lock().unwrap().is_empty());
     }
 
     #[test]

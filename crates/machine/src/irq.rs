@@ -12,10 +12,28 @@ pub struct Msi {
     pub data: u32,
 }
 
+/// The way of one source's messages to the processors: that of an MSI-X vector, say. Any function that takes messages is one.
+pub trait Route: Send + Sync {
+    /// Delivers a message.
+    fn send(&self, msi: Msi);
+}
+
+impl<F: Fn(Msi) + Send + Sync> Route for F {
+    fn send(&self, msi: Msi) {
+        self(msi);
+    }
+}
+
 /// The processors' side of interrupt delivery: the software LAPICs of [`crate`], or those in the host's KVM.
 pub trait LocalApics: Send + Sync {
     /// Delivers a message. False if no processor takes it.
     fn send(&self, msi: Msi) -> bool;
+
+    /// A way for a source that sends the same message most of the time, where the engine has a better one for such than
+    /// [`LocalApics::send`].
+    fn route(&self) -> Option<Box<dyn Route>> {
+        None
+    }
 
     /// The level of the 8259's INTR output, which is wired to LINT0 of every LAPIC.
     fn intr(&self, level: bool);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::apic::{IOAPIC_BASE, IoApic, IoApicState};
 use crate::bus::{Bus, Overlap, Registers};
-use crate::irq::{Controllers, Input, Line, LocalApics, Msi};
+use crate::irq::{Controllers, Input, Line, LocalApics, Msi, Route};
 use crate::pic::{PicState, Pics};
 
 /// All controllers that devices see, to save and restore.
@@ -57,6 +57,16 @@ impl Irqs {
     /// Sends a message-signalled interrupt.
     pub fn msi(&self, msi: Msi) {
         self.sink.send(msi);
+    }
+
+    /// A way for the messages of one source.
+    pub fn route(&self) -> Box<dyn Route> {
+        let sink = self.sink.clone();
+        self.sink.route().unwrap_or_else(|| {
+            Box::new(move |msi| {
+                sink.send(msi);
+            })
+        })
     }
 
     /// The 8259s.

@@ -19,6 +19,7 @@ pub use bus::{Bus, Registers};
 pub use clock::{Clock, Timer, Timers};
 pub use memory::{Gpa, Memory};
 pub use power::Power;
+pub use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// What all vCPUs and devices of one VM share.
 pub struct Machine {

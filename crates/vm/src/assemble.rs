@@ -33,6 +33,7 @@ pub struct Assembly {
 /// Puts a machine together.
 pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Result<Assembly, Error> {
     check(config)?;
+    host::raise_file_limit();
     let rom = match &config.boot {
         Boot::Firmware(firmware) => boot::rom_size(&firmware.code)?,
         Boot::Kernel { .. } => 0,
@@ -88,6 +89,7 @@ type Engine = (Vec<Box<dyn Vcpu>>, Arc<Irqs>, &'static str);
 
 fn with_kvm(config: &Config, machine: &Arc<Machine>, processor: &Cpuid) -> Result<Engine, Error> {
     let vm = kvm::Vm::new(&machine.memory)?;
+    machine.mmio.leave_doorbells_to(Arc::new(vm.clone()));
     let irqs = Irqs::new(Arc::new(vm.clone()) as Arc<dyn LocalApics>);
     let vcpus = (0..config.cpus)
         .map(|n| Ok(Box::new(vm.vcpu(n as u8, processor, machine.clone())?) as Box<dyn Vcpu>))
@@ -209,12 +211,12 @@ fn plug(
     let weak = Arc::downgrade(machine);
     let lines = irqs.clone();
     let lpc = pci::Lpc::new(weak.clone(), pm.clone(), move |gsi| lines.line(gsi));
-    let (pirqs, messages) = (lpc.clone(), irqs.clone());
+    let (pirqs, routes) = (lpc.clone(), irqs.clone());
     let host = pci::Host::new(
         weak,
         pci::Windows::default(),
         move |pin| pirqs.line(pin),
-        move |msi| messages.msi(msi),
+        move || routes.route(),
         reset::Control::new(power.clone()),
     );
     host.insert(ports)?;

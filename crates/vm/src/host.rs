@@ -1,6 +1,7 @@
 //! What this host can run guests with.
 
 use raw_cpuid::CpuId;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 use x86::cpuid::{Config, Cpuid, Features, IMPLEMENTED, Leaf, Model, NATIVE, Vendor};
 
@@ -108,6 +109,13 @@ pub fn memory() -> u64 {
     let line = text.lines().find_map(|l| l.strip_prefix("MemTotal:"));
     let kib = line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kib.unwrap_or(0) << 10
+}
+
+/// Raises the limit of open files as far as it goes: each vCPU and each queue of a virtio device has some.
+pub fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where that is refused, it is as it was.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 /// The host processor's features.

@@ -483,7 +483,7 @@ fn a_function_that_is_not_bus_master_waits() {
 fn interrupts_stay_until_they_are_cleared() {
     let (line, probe) = crate::testing::probe();
     let d = Driver::new();
-    d.ahci.config().connect(line, Arc::new(|_| {}));
+    d.ahci.config().connect(line, Arc::new(|| Box::new(|_| {})));
     d.good(0, &Ask { command: 0xea, ..Ask::default() }, 0);
     assert!(probe.level());
     d.write(host::IS, 1);

@@ -391,7 +391,7 @@ fn event_requests_wait_and_too_many_are_refused() {
 fn a_shutdown_flushes_and_a_pin_follows_the_queues() {
     let (line, probe) = crate::testing::probe();
     let mut d = Driver::new();
-    d.nvme.config().connect(line, Arc::new(|_| {}));
+    d.nvme.config().connect(line, Arc::new(|| Box::new(|_| {})));
     d.place(1, &Ask::io(0, 0, 1));
     d.doorbell(1, false, d.tails[1]);
     d.until("the pin rises", |_| probe.level());

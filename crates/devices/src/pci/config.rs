@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use machine::irq::{Line, Msi};
+use machine::irq::{Line, Msi, Route};
 use serde::{Deserialize, Serialize};
 
 use super::msi::Table;
@@ -92,7 +92,24 @@ pub struct ConfigState {
     intx: bool,
 }
 
-type MsiSink = Arc<dyn Fn(Msi) + Send + Sync>;
+/// Makes ways for messages.
+pub(crate) type Routes = Arc<dyn Fn() -> Box<dyn Route> + Send + Sync>;
+
+/// Where a function's interrupts go.
+struct Wires {
+    line: Line,
+    routes: Routes,
+    /// Those that were needed, by vector; MSI has the first.
+    made: Vec<OnceLock<Box<dyn Route>>>,
+}
+
+impl Wires {
+    fn send(&self, vector: u16, message: Msi) {
+        if let Some(made) = self.made.get(usize::from(vector)) {
+            made.get_or_init(&*self.routes).send(message);
+        }
+    }
+}
 
 /// The configuration space of a function. It is filled when the device is made, then belongs to the guest.
 pub struct Config {
@@ -104,7 +121,7 @@ pub struct Config {
     msi: Option<usize>,
     /// The MSI-X capability and its BAR.
     msix: Option<(usize, usize)>,
-    wires: OnceLock<(Line, MsiSink)>,
+    wires: OnceLock<Wires>,
 }
 
 impl fmt::Debug for Config {
@@ -238,20 +255,17 @@ impl Config {
 
     /// Sends interrupt `vector` by MSI-X or, if that is off, the one message of MSI. Nothing if the guest uses neither.
     pub fn notify(&self, vector: u16) {
-        let Some((_, sink)) = self.wires.get() else { return };
+        let Some(wires) = self.wires.get() else { return };
         let mut state = lock(&self.state);
         let control = self.msix_control(&state);
         let master = state.command() & command::BUS_MASTER != 0;
-        let message = if control & MSIX_ENABLE != 0 {
-            state.table.raise(vector, control & MSIX_MASK != 0 || !master)
-        } else {
-            self.msi.filter(|&at| master && state.word(at + 2) & MSI_ENABLE != 0).map(|at| Msi {
-                address: u64::from(state.dword(at + 8)) << 32 | u64::from(state.dword(at + 4)),
-                data: state.word(at + 12).into(),
-            })
-        };
-        if let Some(message) = message {
-            sink(message);
+        if control & MSIX_ENABLE != 0 {
+            if let Some(message) = state.table.raise(vector, control & MSIX_MASK != 0 || !master) {
+                wires.send(vector, message);
+            }
+        } else if let Some(at) = self.msi.filter(|&at| master && state.word(at + 2) & MSI_ENABLE != 0) {
+            let address = u64::from(state.dword(at + 8)) << 32 | u64::from(state.dword(at + 4));
+            wires.send(0, Msi { address, data: state.word(at + 12).into() });
         }
     }
 
@@ -288,9 +302,11 @@ impl Config {
         self.settle(&mut state);
     }
 
-    pub(crate) fn connect(&self, line: Line, sink: MsiSink) {
+    pub(crate) fn connect(&self, line: Line, routes: Routes) {
+        let vectors = lock(&self.state).table.vectors().max(1);
+        let made = (0..vectors).map(|_| OnceLock::new()).collect();
         // Only the first plug counts.
-        let _ = self.wires.set((line, sink));
+        let _ = self.wires.set(Wires { line, routes, made });
     }
 
     pub(super) fn bars(&self) -> impl Iterator<Item = (usize, Bar)> + '_ {
@@ -367,10 +383,11 @@ impl Config {
         let intx = state.intx && !msi && control & MSIX_ENABLE == 0;
         state.bytes[reg::STATUS] =
             state.bytes[reg::STATUS] & !STATUS_INTX | if state.intx { STATUS_INTX } else { 0 };
-        let Some((line, sink)) = self.wires.get() else { return };
-        line.set(intx && state.command() & command::INTX_OFF == 0);
+        let Some(wires) = self.wires.get() else { return };
+        wires.line.set(intx && state.command() & command::INTX_OFF == 0);
         if control & (MSIX_ENABLE | MSIX_MASK) == MSIX_ENABLE && state.command() & command::BUS_MASTER != 0 {
-            state.table.take_pending().into_iter().for_each(|message| sink(message));
+            let pending = state.table.take_pending();
+            pending.into_iter().for_each(|(vector, message)| wires.send(vector, message));
         }
     }
 }

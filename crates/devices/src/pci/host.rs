@@ -5,11 +5,11 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
-use machine::irq::{Line, Msi};
-use machine::{Bus, Machine, Registers};
+use machine::irq::{Line, Route};
+use machine::{Bus, EventFd, Machine, Registers};
 use serde::{Deserialize, Serialize};
 
-use super::config::{command, reg};
+use super::config::{Routes, command, reg};
 use super::{Address, Bar, CONFIG, Config, ConfigState, ECAM, Function, Id};
 use crate::{Saved, lock};
 
@@ -69,7 +69,7 @@ pub struct Host {
     /// Where the memory-mapped configuration space is on the bus.
     ecam: Mutex<Option<u64>>,
     lines: Lines,
-    msi: Arc<dyn Fn(Msi) + Send + Sync>,
+    routes: Routes,
     control: Arc<dyn Registers>,
 }
 
@@ -104,12 +104,12 @@ impl Host {
     pub const PLUGGABLE: u32 = 0x7fff_fffe;
 
     /// A bridge of `machine` that gives BARs addresses in `windows`. `lines` makes a line to a PIRQ ([`super::Lpc::line`]),
-    /// `msi` sends messages; `control` is the reset control register, whose port 0xcf9 lies among the bridge's.
+    /// `routes` a way for the messages of a vector; `control` is the reset control register, whose port 0xcf9 lies among the bridge's.
     pub fn new(
         machine: Weak<Machine>,
         windows: Windows,
         lines: impl Fn(u8) -> Line + Send + Sync + 'static,
-        msi: impl Fn(Msi) + Send + Sync + 'static,
+        routes: impl Fn() -> Box<dyn Route> + Send + Sync + 'static,
         control: Arc<dyn Registers>,
     ) -> Arc<Self> {
         let host = Arc::new_cyclic(|this| Self {
@@ -120,7 +120,7 @@ impl Host {
             address: Mutex::new(0),
             ecam: Mutex::new(None),
             lines: Box::new(lines),
-            msi: Arc::new(msi),
+            routes: Arc::new(routes),
             control,
         });
         let mut config = Config::new(Id {
@@ -280,7 +280,7 @@ impl Host {
             0 => Line::unconnected(),
             pin => (self.lines)(at.pirq(pin - 1)),
         };
-        function.config().connect(line, self.msi.clone());
+        function.config().connect(line, self.routes.clone());
         let slot = Arc::new(Slot { function, mapped: Mutex::new(Some([None; 6])) });
         self.slots.write().unwrap_or_else(|e| e.into_inner()).insert(at, slot);
     }
@@ -440,5 +440,9 @@ impl Registers for BarRegisters {
             return config.write_msix(offset, size, value);
         }
         self.function.write_bar(self.bar, offset, size, value);
+    }
+
+    fn doorbells(&self) -> Vec<(u64, Arc<EventFd>)> {
+        self.function.doorbells(self.bar)
     }
 }

@@ -13,7 +13,9 @@ mod msi;
 mod tests;
 
 use std::fmt;
+use std::sync::Arc;
 
+use machine::EventFd;
 use serde::{Deserialize, Serialize};
 
 pub use config::{Bar, Config, ConfigState, Id};
@@ -84,6 +86,11 @@ pub trait Function: Send + Sync {
 
     /// Writes to BAR `bar`.
     fn write_bar(&self, _bar: usize, _offset: u64, _size: u8, _value: u64) {}
+
+    /// The doorbells in BAR `bar`, as [`machine::Registers::doorbells`] tells them.
+    fn doorbells(&self, _bar: usize) -> Vec<(u64, Arc<EventFd>)> {
+        Vec::new()
+    }
 
     /// The guest is about to read configuration space at `offset`; the function may bring it up to date.
     fn config_read(&self, _offset: u8) {}

@@ -30,6 +30,11 @@ impl Table {
         self
     }
 
+    /// How many entries there are.
+    pub fn vectors(&self) -> usize {
+        self.entries.len() / ENTRY
+    }
+
     /// Where the pending bits begin in the BAR, behind the table.
     pub fn pending_at(&self) -> u64 {
         (self.entries.len() as u64).next_multiple_of(4096)
@@ -66,18 +71,18 @@ impl Table {
         Some(Msi { address: u64::from(word(4)) << 32 | u64::from(word(0)), data: word(8) })
     }
 
-    /// The messages of vectors that were pending and are not masked any more.
-    pub fn take_pending(&mut self) -> Vec<Msi> {
+    /// The vectors that were pending and are not masked any more, with their messages.
+    pub fn take_pending(&mut self) -> Vec<(u16, Msi)> {
         let mut out = vec![];
         if self.pending.iter().all(|&b| b == 0) {
             return out;
         }
-        for vector in 0..(self.entries.len() / ENTRY) as u16 {
+        for vector in 0..self.vectors() as u16 {
             let (at, bit) = (usize::from(vector / 8), 1 << (vector % 8));
             if self.pending[at] & bit != 0 {
                 self.pending[at] &= !bit;
                 // One that is still masked marks itself again.
-                out.extend(self.raise(vector, false));
+                out.extend(self.raise(vector, false).map(|message| (vector, message)));
             }
         }
         out

@@ -71,13 +71,16 @@ fn bed() -> Bed {
     let (lines, gsis): (Vec<_>, Vec<_>) = (0..24).map(|_| probe()).unzip();
     let lpc = Lpc::new(Arc::downgrade(&machine), pm.clone(), |gsi| lines[usize::from(gsi)].clone());
     let (tx, messages) = mpsc::channel();
-    let tx = Mutex::new(tx);
+    let tx = Arc::new(Mutex::new(tx));
     let pirqs = lpc.clone();
     let host = Host::new(
         Arc::downgrade(&machine),
         Windows::default(),
         move |pirq| pirqs.line(pirq),
-        move |msi| lock(&tx).send(msi).unwrap_or(()),
+        move || {
+            let tx = tx.clone();
+            Box::new(move |msi| lock(&tx).send(msi).unwrap_or(()))
+        },
         reset::Control::new(power),
     );
     host.insert(&machine.ports).unwrap();

@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use machine::{EFD_CLOEXEC, EventFd};
 use memory::Memory;
 
 use super::ring::Queue;
@@ -19,6 +20,9 @@ pub struct Vring {
     inner: Mutex<Inner>,
     /// A request has been served.
     served: Condvar,
+    /// Wakes the first thread. An engine may signal it where the guest rings the queue's doorbell.
+    event: Arc<EventFd>,
+    /// It is signalled already.
     kicked: AtomicBool,
     stopped: AtomicBool,
     /// The last request took long.
@@ -27,7 +31,7 @@ pub struct Vring {
     idle: AtomicU64,
     /// A helper was called for, and none has come.
     called: AtomicBool,
-    /// The first looks for requests when it is kicked, the others when they are called.
+    /// The first looks for requests when the event is signalled, the others when they are called.
     threads: OnceLock<Vec<Thread>>,
 }
 
@@ -54,8 +58,12 @@ pub trait Owner: Send + Sync {
 
 impl Vring {
     /// A queue of at most `size` entries.
-    pub fn new(size: u16) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The host gives no event.
+    pub fn new(size: u16) -> std::io::Result<Self> {
+        Ok(Self {
+            event: Arc::new(EventFd::new(EFD_CLOEXEC)?),
             inner: Mutex::new(Inner { queue: Queue::new(size), under_way: 0, held: 0 }),
             served: Condvar::new(),
             kicked: AtomicBool::new(false),
@@ -64,7 +72,12 @@ impl Vring {
             idle: AtomicU64::new(0),
             called: AtomicBool::new(false),
             threads: OnceLock::new(),
-        }
+        })
+    }
+
+    /// What has a thread look for requests when it is signalled.
+    pub fn event(&self) -> &Arc<EventFd> {
+        &self.event
     }
 
     /// The queue's registers, for whoever leaves its requests alone.
@@ -88,11 +101,14 @@ impl Vring {
 
     /// Has a thread look for requests.
     pub fn kick(&self) {
-        if !self.kicked.swap(true, Ordering::SeqCst)
-            && let Some(threads) = self.threads.get()
-        {
-            threads[0].unpark();
+        if !self.kicked.swap(true, Ordering::SeqCst) {
+            self.signal();
         }
+    }
+
+    fn signal(&self) {
+        // The count is never near its end, so this neither waits nor fails.
+        let _ = self.event.write(1);
     }
 
     /// Starts the threads that serve the queue, number `n` of `device`.
@@ -130,32 +146,30 @@ impl Vring {
     /// Has the threads end after the requests at hand.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
+        self.signal();
         self.threads.get().into_iter().flatten().for_each(Thread::unpark);
     }
 
     /// Waits until there may be work for a thread. False if there will be none any more.
     fn wait(&self, thread: usize) -> bool {
-        loop {
-            if self.stopped.load(Ordering::SeqCst) {
-                return false;
-            }
-            if thread == 0 {
-                if self.kicked.swap(false, Ordering::SeqCst) {
-                    return true;
-                }
-                std::thread::park();
-            } else {
-                let bit = 1 << thread;
-                self.idle.fetch_or(bit, Ordering::SeqCst);
-                // The call may have come before.
-                if self.called.swap(false, Ordering::SeqCst) {
-                    self.idle.fetch_and(!bit, Ordering::SeqCst);
-                    return true;
-                }
-                std::thread::park();
-                self.idle.fetch_and(!bit, Ordering::SeqCst);
-            }
+        if thread == 0 {
+            // Should it fail, there may be work all the same.
+            let _ = self.event.read();
+            self.kicked.store(false, Ordering::SeqCst);
+            return !self.stopped.load(Ordering::SeqCst);
         }
+        let bit = 1 << thread;
+        while !self.stopped.load(Ordering::SeqCst) {
+            self.idle.fetch_or(bit, Ordering::SeqCst);
+            // The call may have come before.
+            if self.called.swap(false, Ordering::SeqCst) {
+                self.idle.fetch_and(!bit, Ordering::SeqCst);
+                return true;
+            }
+            std::thread::park();
+            self.idle.fetch_and(!bit, Ordering::SeqCst);
+        }
+        false
     }
 
     /// Wakes a thread that has nothing to do.

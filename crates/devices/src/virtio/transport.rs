@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
+use machine::EventFd;
 use memory::Memory;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
@@ -23,7 +24,8 @@ const SUBSYSTEM: u16 = 0x1100;
 
 /// The BAR's layout: 4 KiB each for common configuration, ISR, device configuration and notifications.
 const PART: u64 = 0x1000;
-const PARTS: [(u8, u64); 4] = [(1, 0), (3, PART), (4, 2 * PART), (2, 3 * PART)];
+const NOTIFY: u64 = 3 * PART;
+const PARTS: [(u8, u64); 4] = [(1, 0), (3, PART), (4, 2 * PART), (2, NOTIFY)];
 const NOTIFY_MULTIPLIER: u32 = 4;
 /// Capability: access to the BAR through configuration space, which firmware uses.
 const CAP_PCI_CONFIG: u8 = 5;
@@ -139,10 +141,14 @@ impl Pci {
     /// A function for `device`, which works in `memory`.
     ///
     /// # Errors
-    /// The host gives no thread.
+    /// The host gives no thread, or no event.
     pub fn new(device: Arc<dyn Device>, memory: Memory) -> std::io::Result<Arc<Self>> {
         let (config, window) = configuration(&*device);
-        let queues: Vec<_> = device.queues().iter().map(|&size| Arc::new(Vring::new(size))).collect();
+        let queues: Vec<_> = device
+            .queues()
+            .iter()
+            .map(|&size| Vring::new(size).map(Arc::new))
+            .collect::<std::io::Result<_>>()?;
         let inner = Arc::new(Inner {
             config,
             window,
@@ -273,6 +279,12 @@ impl Function for Pci {
         }
     }
 
+    fn doorbells(&self, bar: usize) -> Vec<(u64, Arc<EventFd>)> {
+        let places = (NOTIFY..).step_by(NOTIFY_MULTIPLIER as usize);
+        let queues = self.inner().queues.iter().filter(|_| bar == 0);
+        places.zip(queues.map(|queue| queue.event().clone())).collect()
+    }
+
     fn config_read(&self, offset: u8) {
         let inner = self.inner();
         if let Some((at, size)) = inner.through_config(offset) {
@@ -333,7 +345,7 @@ impl Inner {
             2 => self.device.write_config(offset - 2 * PART, size, value),
             3 => {
                 if let Some(queue) =
-                    self.queues.get(((offset - 3 * PART) / u64::from(NOTIFY_MULTIPLIER)) as usize)
+                    self.queues.get(((offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER)) as usize)
                 {
                     queue.kick();
                 }

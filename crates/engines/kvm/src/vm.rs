@@ -1,7 +1,7 @@
 //! A VM of the host's KVM: memory slots, interrupts in, and what all its vCPUs share.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_SPLIT_IRQCHIP, KVM_GUESTDBG_BLOCKIRQ, KVM_IRQ_ROUTING_MSI,
@@ -9,11 +9,11 @@ use kvm_bindings::{
     kvm_irq_routing_entry, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
-use machine::Machine;
+use machine::bus::{Doorbells, Watch};
 use machine::cpu::Error;
-use machine::irq::{Controllers, LocalApics, Msi};
+use machine::irq::{Controllers, LocalApics, Msi, Route};
+use machine::{EFD_CLOEXEC, EventFd, Gpa, Machine};
 use memory::{Kind, Memory};
-use vmm_sys_util::eventfd::EventFd;
 use x86::cpuid::{Cpuid, Features};
 
 use crate::kick::{self, Kick};
@@ -22,6 +22,8 @@ use crate::{cpuid, host};
 
 /// Pins of the IOAPIC.
 const PINS: usize = 24;
+/// Messages that KVM has routes for (its KVM_MAX_IRQ_ROUTES is 4096).
+const MOST_MESSAGES: usize = 4096 - PINS;
 /// Bit of an MSI's data: level-triggered (SDM vol. 3A, 10.11.2).
 const LEVEL: u32 = 1 << 15;
 /// Four pages that Intel processors without unrestricted guest mode need; no memory and no device is there.
@@ -55,22 +57,22 @@ pub(crate) struct Shared {
     pub intr: AtomicBool,
     /// The processor that takes INTR.
     pub boot: OnceLock<Arc<Kick>>,
+    routes: Mutex<Routes>,
     /// Guest memory stays mapped for as long as the VM is there.
     _memory: Memory,
 }
 
-/// A VM of the host's KVM. It is the machine's [`LocalApics`]; clones share it.
+/// A VM of the host's KVM. It is the machine's [`LocalApics`], and looks after its [`Doorbells`]; clones share it.
 #[derive(Clone)]
 pub struct Vm {
     shared: Arc<Shared>,
-    /// Routes of the IOAPIC's pins, then of [`Vm::irqfd`]'s.
-    routes: Arc<Mutex<Routes>>,
 }
 
+/// KVM's interrupt routes: of the IOAPIC's pins, then of each [`Irqfd`] (`None`: one that is gone).
 #[derive(Default)]
 struct Routes {
     pins: [Option<(Msi, bool)>; PINS],
-    messages: Vec<Msi>,
+    messages: Vec<Option<Msi>>,
 }
 
 impl Vm {
@@ -99,9 +101,10 @@ impl Vm {
             controllers: OnceLock::new(),
             intr: AtomicBool::new(false),
             boot: OnceLock::new(),
+            routes: Mutex::default(),
             _memory: memory.clone(),
         };
-        Ok(Self { shared: Arc::new(shared), routes: Arc::default() })
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Makes the vCPU with LAPIC `id` (0 is the boot processor) of the processor `model`, which has no more than
@@ -127,48 +130,115 @@ impl Vm {
     pub fn features(&self) -> Features {
         cpuid::features(&self.shared.supported_cpuid)
     }
+}
 
-    /// Lets `event` stand for a message: when it is signalled, KVM delivers `msi` without a way through this process.
-    /// The result is the handle by which to change the message with [`Vm::reroute`].
-    ///
-    /// # Errors
-    /// KVM refuses.
-    pub fn irqfd(&self, event: &EventFd, msi: Msi) -> Result<usize, Error> {
-        let mut routes = self.routes.lock().unwrap_or_else(|e| e.into_inner());
-        let handle = routes.messages.len();
-        routes.messages.push(msi);
-        self.set_routes(&routes)?;
-        let gsi = (PINS + handle) as u32;
-        self.shared.fd.register_irqfd(event, gsi).map_err(host("KVM took no irqfd"))?;
-        Ok(handle)
-    }
-
-    /// Changes the message of an [`Vm::irqfd`].
-    ///
-    /// # Errors
-    /// KVM refuses.
-    pub fn reroute(&self, handle: usize, msi: Msi) -> Result<(), Error> {
-        let mut routes = self.routes.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(message) = routes.messages.get_mut(handle) {
-            *message = msi;
-        }
-        self.set_routes(&routes)
-    }
-
-    /// Lets `event` be signalled when the guest writes to `address` (of any size), instead of an exit.
-    ///
-    /// # Errors
-    /// KVM refuses.
-    pub fn ioeventfd(&self, event: &EventFd, address: u64) -> Result<(), Error> {
-        let address = IoEventAddress::Mmio(address);
-        self.shared.fd.register_ioevent(event, &address, NoDatamatch).map_err(host("KVM took no ioeventfd"))
+impl Shared {
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn set_routes(&self, routes: &Routes) -> Result<(), Error> {
         let entries = entries(routes);
         let table = KvmIrqRouting::from_entries(&entries)
             .map_err(|_| Error::Guest("there are more interrupt routes than KVM takes".into()))?;
-        self.shared.fd.set_gsi_routing(&table).map_err(host("KVM took no interrupt routes"))
+        self.fd.set_gsi_routing(&table).map_err(host("KVM took no interrupt routes"))
+    }
+
+    fn send(&self, msi: Msi) -> bool {
+        let msi = kvm_msi {
+            address_lo: msi.address as u32,
+            address_hi: (msi.address >> 32) as u32,
+            data: msi.data,
+            ..Default::default()
+        };
+        // 0: no LAPIC took it.
+        self.fd.signal_msi(msi).is_ok_and(|delivered| delivered > 0)
+    }
+}
+
+/// An event that stands for a message: when it is signalled, KVM delivers the message of its route.
+struct Irqfd {
+    vm: Arc<Shared>,
+    event: EventFd,
+    /// The place of its route among the messages.
+    index: usize,
+    /// The message of its route.
+    routed: Mutex<Option<Msi>>,
+}
+
+impl Irqfd {
+    /// `None` where KVM or the process has none left.
+    fn new(vm: &Arc<Shared>) -> Option<Self> {
+        let event = EventFd::new(EFD_CLOEXEC).ok()?;
+        let mut routes = vm.routes();
+        let free = routes.messages.iter().position(Option::is_none);
+        let index = free.unwrap_or(routes.messages.len());
+        if index >= MOST_MESSAGES {
+            return None;
+        }
+        vm.fd.register_irqfd(&event, gsi(index)).ok()?;
+        if free.is_none() {
+            routes.messages.push(None);
+        }
+        // Taken, until there is a message.
+        routes.messages[index] = Some(Msi::default());
+        drop(routes);
+        Some(Self { vm: vm.clone(), event, index, routed: Mutex::new(None) })
+    }
+
+    fn reroute(&self, msi: Msi) -> Result<(), Error> {
+        let mut routes = self.vm.routes();
+        let before = routes.messages[self.index].replace(msi);
+        // One that KVM does not take must not keep it from taking others.
+        self.vm.set_routes(&routes).inspect_err(|_| routes.messages[self.index] = before)
+    }
+}
+
+impl Route for Irqfd {
+    fn send(&self, msi: Msi) {
+        let mut routed = self.routed.lock().unwrap_or_else(|e| e.into_inner());
+        if *routed != Some(msi) {
+            *routed = self.reroute(msi).is_ok().then_some(msi);
+        }
+        if routed.is_none() || self.event.write(1).is_err() {
+            self.vm.send(msi);
+        }
+    }
+}
+
+impl Drop for Irqfd {
+    fn drop(&mut self) {
+        let mut routes = self.vm.routes();
+        // The route stays until KVM is told others, and nothing uses it.
+        let _ = self.vm.fd.unregister_irqfd(&self.event, gsi(self.index));
+        routes.messages[self.index] = None;
+    }
+}
+
+/// What KVM calls the route at `index` of the messages.
+fn gsi(index: usize) -> u32 {
+    (PINS + index) as u32
+}
+
+/// An event that KVM signals when the guest writes to an address, instead of an exit.
+struct Ioeventfd {
+    vm: Arc<Shared>,
+    event: Arc<EventFd>,
+    address: IoEventAddress,
+}
+
+impl Drop for Ioeventfd {
+    fn drop(&mut self) {
+        // It was there.
+        let _ = self.vm.fd.unregister_ioevent(&self.event, &self.address, NoDatamatch);
+    }
+}
+
+impl Doorbells for Vm {
+    fn watch(&self, address: Gpa, event: &Arc<EventFd>) -> Option<Watch> {
+        let (vm, event, address) = (self.shared.clone(), event.clone(), IoEventAddress::Mmio(address));
+        vm.fd.register_ioevent(&event, &address, NoDatamatch).ok()?;
+        Some(Box::new(Ioeventfd { vm, event, address }))
     }
 }
 
@@ -178,7 +248,7 @@ fn entries(routes: &Routes) -> Vec<kvm_irq_routing_entry> {
         // The trigger mode is how KVM knows whose EOIs to hand back.
         Some((gsi, Msi { data: msi.data & !LEVEL | if level { LEVEL } else { 0 }, ..msi }))
     });
-    let messages = routes.messages.iter().enumerate().map(|(i, &msi)| (PINS + i, msi));
+    let messages = routes.messages.iter().enumerate().filter_map(|(i, msi)| Some((PINS + i, (*msi)?)));
     let entry = |(gsi, msi): (usize, Msi)| {
         let mut entry =
             kvm_irq_routing_entry { gsi: gsi as u32, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
@@ -209,14 +279,11 @@ fn map(fd: &VmFd, memory: &Memory) -> Result<(), Error> {
 
 impl LocalApics for Vm {
     fn send(&self, msi: Msi) -> bool {
-        let msi = kvm_msi {
-            address_lo: msi.address as u32,
-            address_hi: (msi.address >> 32) as u32,
-            data: msi.data,
-            ..Default::default()
-        };
-        // 0: no LAPIC took it.
-        self.shared.fd.signal_msi(msi).is_ok_and(|delivered| delivered > 0)
+        self.shared.send(msi)
+    }
+
+    fn route(&self) -> Option<Box<dyn Route>> {
+        Some(Box::new(Irqfd::new(&self.shared)?))
     }
 
     fn intr(&self, level: bool) {
@@ -232,10 +299,10 @@ impl LocalApics for Vm {
     }
 
     fn routes(&self, pins: &[Option<(Msi, bool)>; PINS]) {
-        let mut routes = self.routes.lock().unwrap_or_else(|e| e.into_inner());
+        let mut routes = self.shared.routes();
         routes.pins = *pins;
         // KVM takes any MSI; should it not, the guest misses EOIs, which it is the one to notice.
-        let _ = self.set_routes(&routes);
+        let _ = self.shared.set_routes(&routes);
     }
 }
 
@@ -248,10 +315,10 @@ mod tests {
         let mut routes = Routes::default();
         routes.pins[2] = Some((Msi { address: 0xfee0_1000, data: 0x30 | LEVEL }, false));
         routes.pins[11] = Some((Msi { address: 0xfee0_2000, data: 0x31 }, true));
-        routes.messages.push(Msi { address: 0xfee0_3000, data: 0x32 });
+        routes.messages = vec![None, Some(Msi { address: 0xfee0_3000, data: 0x32 })];
         let entries = entries(&routes);
         // SAFETY: the entries are MSIs, and any bits are a `u32`.
         let data: Vec<_> = entries.iter().map(|e| (e.gsi, unsafe { e.u.msi.data })).collect();
-        assert_eq!(data, [(2, 0x30), (11, 0x31 | LEVEL), (24, 0x32)]);
+        assert_eq!(data, [(2, 0x30), (11, 0x31 | LEVEL), (25, 0x32)]);
     }
 }

@@ -7,10 +7,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm::{Vcpu, Vm};
+use machine::bus::Doorbells;
 use machine::cpu::{Activity, Debug, Exit, State, Stop, Vcpu as _};
 use machine::irq::{Controllers, LocalApics, Msi};
-use machine::{Clock, Machine, Memory, Registers};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use machine::{Clock, EventFd, Machine, Memory, Registers};
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use x86::cpuid::{Config, Cpuid, Feature, Model, Vendor};
 use x86::{Segment, gpr, segment::index};
 
@@ -288,11 +289,17 @@ fn events_stand_for_messages_and_for_writes() {
     // mov ebx, 0xd0000000; mov [ebx], al; out END, al
     let handler = [0x66, 0xbb, 0x00, 0x00, 0x00, 0xd0, 0x67, 0x88, 0x03, 0xe6, END];
     let Some(mut g) = waits_for_interrupts(&handler) else { return };
-    let (interrupt, doorbell) = (EventFd::new(EFD_NONBLOCK).unwrap(), EventFd::new(EFD_NONBLOCK).unwrap());
-    let handle = g.vm.irqfd(&interrupt, Msi { data: 0x99, ..MESSAGE }).unwrap();
-    g.vm.reroute(handle, MESSAGE).unwrap();
-    g.vm.ioeventfd(&doorbell, 0xd000_0000).unwrap();
-    let thread = when_on(&g, move || interrupt.write(1).unwrap());
+    let doorbell = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let moved = g.vm.watch(0xc000_0000, &doorbell).unwrap();
+    drop(moved);
+    let _watch = g.vm.watch(0xd000_0000, &doorbell).unwrap();
+    // One that goes gives its place to the next, and messages change.
+    let (gone, stays) = (g.vm.route().unwrap(), g.vm.route().unwrap());
+    drop(gone);
+    let interrupt = g.vm.route().unwrap();
+    stays.send(Msi { address: 0xfee0_2000, data: 0x98 });
+    interrupt.send(Msi { address: 0xfee0_2000, data: 0x99 });
+    let thread = when_on(&g, move || interrupt.send(MESSAGE));
     assert_eq!(g.run(), Exit::Kicked);
     thread.join().unwrap();
     assert_eq!(doorbell.read().unwrap(), 1);
