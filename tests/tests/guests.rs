@@ -77,6 +77,16 @@ suites! {
     multiboot = "multiboot.elf32";
 }
 
+#[test]
+fn a_frame_buffer_is_memory() {
+    for args in
+        [&["--engine", "interpret"][..], &["--engine", "translate"], &["--engine", "translate", "--lockstep"]]
+    {
+        let cpus = if args.contains(&"--lockstep") { "1" } else { "2" };
+        passes_with(&[&["run", "--display", "vga", "--cpus", cpus], args].concat(), "display");
+    }
+}
+
 /// The two engines side by side, block by block. Whole kernels: `cargo xtask boots --cpus 1 --timeout 900 -- --lockstep`.
 #[test]
 fn lockstep_finds_no_difference() {

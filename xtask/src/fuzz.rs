@@ -22,11 +22,12 @@ pub struct Args {
 }
 
 /// Crates with fuzz targets.
-const CRATES: [&str; 5] = [
+const CRATES: [&str; 6] = [
     "crates/boot/fuzz",
     "crates/devices/fuzz",
     "crates/disks/fuzz",
     "crates/images/fuzz",
+    "crates/screens/fuzz",
     "crates/shares/fuzz",
 ];
 

@@ -23,6 +23,7 @@ pub const SUITES: &[&str] = &[
     "garbage",
     "hostile",
     "multiboot.elf32",
+    "display",
 ];
 
 /// The exit status of a guest that passed, under QEMU's and Lodge's debug-exit device.

@@ -113,14 +113,15 @@ impl CodeMap {
     }
 
     /// As [`CodeMap::stored`], for any length.
-    pub fn stored_range(&self, offset: u64, len: u64) {
-        let mut at = offset;
+    pub fn stored_range(&self, offset: u64, len: u64) -> bool {
+        let (mut at, mut hit) = (offset, false);
         let end = offset.saturating_add(len);
         while at < end {
             let n = (end - at).min(crate::PAGE_SIZE - at % crate::PAGE_SIZE);
-            self.stored(at, n);
+            hit |= self.stored(at, n);
             at += n;
         }
+        hit
     }
 }
 

@@ -1,4 +1,5 @@
-//! Guest memory: one block of host memory that holds all of a guest's RAM and ROM.
+//! Guest memory: one block of host memory that holds all of a guest's RAM and ROM, and the memory of
+//! its devices that it sees as its own ([`Window`]).
 //!
 //! Three views of the same bytes:
 //! * by guest-physical address through [`vm_memory`]'s traits ([`Memory::guest`]), for loaders and devices;
@@ -16,11 +17,13 @@ mod alias;
 pub mod code;
 mod layout;
 mod ram;
+mod windows;
 
 pub use alias::Alias;
 pub use code::{CodeMap, order_threads, order_threads_is_exact};
 pub use layout::{HOLE_END, HOLE_START, Kind, Region, layout};
 pub use ram::{Error, Guest, Int, Memory, Slot};
+pub use windows::{Keeper, Window};
 
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 4096;

@@ -12,6 +12,7 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::windows::{Keeper, Window, Windows};
 use crate::{Alias, CodeMap, Gpa, Kind, PAGE_SIZE, Region, layout};
 
 /// Why guest memory could not be made.
@@ -40,6 +41,7 @@ struct Inner {
     regions: Vec<Region>,
     guest: Guest,
     code: Arc<CodeMap>,
+    windows: Windows,
 }
 
 impl fmt::Debug for Memory {
@@ -171,17 +173,37 @@ impl Memory {
     /// # Errors
     /// Sizes that are no multiple of the page size, or a host that refuses.
     pub fn new(ram: u64, rom: u64) -> Result<Self, Error> {
+        Self::with_windows(ram, rom, []).map(|(memory, [])| memory)
+    }
+
+    /// As [`Memory::new`], with [`Window`]s of these sizes: multiples of the page size, none of more than 1 GiB; 0 for one
+    /// that is not wanted.
+    ///
+    /// # Errors
+    /// As [`Memory::new`].
+    pub fn with_windows<const N: usize>(
+        ram: u64,
+        rom: u64,
+        sizes: [u64; N],
+    ) -> Result<(Self, [Window; N]), Error> {
         let whole = |size: u64| size.is_multiple_of(PAGE_SIZE) && size < 1 << 46;
         if ram < 1 << 20 || !whole(ram) || !whole(rom) || rom > 16 << 20 {
             return Err(Error::Size(ram));
         }
-        Self::with_regions(layout(ram, rom), ram + rom).map_err(|error| match error {
+        if let Some(&size) = sizes.iter().find(|&&size| !whole(size) || size > 1 << 30) {
+            return Err(Error::Size(size));
+        }
+        let windows = Windows::new(&sizes, ram + rom);
+        let len = ram + rom + sizes.iter().sum::<u64>();
+        let memory = Self::with_regions(layout(ram, rom), windows, len).map_err(|error| match error {
             Error::Host(_, e) => Error::Host(ram >> 20, e),
             other => other,
-        })
+        })?;
+        let windows = std::array::from_fn(|index| Window::new(&memory, index));
+        Ok((memory, windows))
     }
 
-    fn with_regions(regions: Vec<Region>, len: u64) -> Result<Self, Error> {
+    fn with_regions(regions: Vec<Region>, windows: Windows, len: u64) -> Result<Self, Error> {
         let block = Block::new(len).map_err(|e| Error::Host(len >> 20, e))?;
         let code = Arc::new(CodeMap::new(len));
         let mut mapped = Vec::new();
@@ -205,7 +227,7 @@ impl Memory {
             })?);
         }
         let guest = Guest::from_regions(mapped).map_err(|e| Error::Layout(e.to_string()))?;
-        Ok(Self(Arc::new(Inner { block, regions, guest, code })))
+        Ok(Self(Arc::new(Inner { block, regions, guest, code, windows })))
     }
 
     /// The guest-physical view, for loaders and devices. Stores through it invalidate cached code as all others do.
@@ -213,7 +235,22 @@ impl Memory {
         &self.0.guest
     }
 
-    /// The regions, sorted by address.
+    pub(crate) fn windows(&self) -> &Windows {
+        &self.0.windows
+    }
+
+    /// What a vCPU holds that keeps what it finds of the map; `kick` is called by others, to have it look up.
+    pub fn keeper(&self, kick: impl Fn() + Send + Sync + 'static) -> Keeper {
+        Keeper::new(self, Box::new(kick))
+    }
+
+    /// Has `listener` called now, and again after every change of [`Memory::slots`], one call at a time. It must not change
+    /// windows, and not own this memory.
+    pub fn listen(&self, listener: impl Fn(&Self) + Send + Sync + 'static) {
+        self.windows().listen(self, Box::new(listener));
+    }
+
+    /// The regions that stay where they are, sorted by address; windows are none of them.
     pub fn regions(&self) -> &[Region] {
         &self.0.regions
     }
@@ -223,7 +260,7 @@ impl Memory {
         self.0.regions.iter().filter(|r| r.kind == Kind::Ram).map(|r| r.offset + r.size).max().unwrap_or(0)
     }
 
-    /// Bytes in the block, RAM and ROM: all offsets are below.
+    /// Bytes in the block, RAM, ROM and windows: all offsets are below.
     pub fn len(&self) -> u64 {
         self.0.block.len
     }
@@ -252,10 +289,11 @@ impl Memory {
         Ok(alias.get_or_init(|| made))
     }
 
-    /// The region that holds `gpa`.
+    /// The region or window that holds `gpa` now.
     #[inline]
-    pub fn region(&self, gpa: Gpa) -> Option<&Region> {
-        self.0.regions.iter().find(|r| gpa >= r.gpa && gpa - r.gpa < r.size)
+    pub fn region(&self, gpa: Gpa) -> Option<Region> {
+        let fixed = self.0.regions.iter().find(|r| gpa >= r.gpa && gpa - r.gpa < r.size);
+        fixed.copied().or_else(|| self.windows().find(gpa))
     }
 
     /// The offset of `gpa` in the block.
@@ -264,10 +302,12 @@ impl Memory {
         self.region(gpa).map(|r| gpa - r.gpa + r.offset)
     }
 
-    /// Every region with its host address.
-    pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
-        // SAFETY: regions lie inside the block by construction in `layout`.
-        self.0.regions.iter().map(|&region| Slot { region, host: unsafe { self.at(region.offset) } })
+    /// Every region with its host address, then every window: where the guest sees it, if it does.
+    pub fn slots(&self) -> impl Iterator<Item = Option<Slot>> + '_ {
+        let fixed = self.0.regions.iter().map(|&region| Some(region));
+        // SAFETY: regions lie inside the block by construction in `layout`, windows in `with_windows`.
+        let slot = |region: Region| Slot { region, host: unsafe { self.at(region.offset) } };
+        fixed.chain(self.windows().regions()).map(move |region| region.map(slot))
     }
 
     /// # Safety
@@ -377,16 +417,48 @@ impl Memory {
 
     /// Copies bytes out, from `offset`. What lies outside the block reads as zero.
     pub fn read(&self, offset: u64, to: &mut [u8]) {
-        for (i, byte) in to.iter_mut().enumerate() {
-            *byte = self.load(offset.saturating_add(i as u64));
+        let known = (to.len() as u64).min(self.len().saturating_sub(offset)) as usize;
+        let (to, rest) = to.split_at_mut(known);
+        if !to.is_empty() {
+            // SAFETY: the source is in the block, as just checked; the destination is a slice of as many bytes.
+            unsafe {
+                asm!("rep movsb", inout("rcx") known => _, inout("rsi") self.at(offset) => _,
+                     inout("rdi") to.as_mut_ptr() => _, options(nostack, preserves_flags));
+            }
         }
+        rest.fill(0);
     }
 
-    /// Copies bytes in, to `offset`. Tells whether cached code changed.
+    /// Copies bytes in, to `offset`, as far as they lie in the block. Tells whether cached code changed.
     pub fn write(&self, offset: u64, from: &[u8]) -> bool {
-        from.iter()
-            .enumerate()
-            .fold(false, |hit, (i, &byte)| self.store(offset.saturating_add(i as u64), byte) | hit)
+        let known = (from.len() as u64).min(self.len().saturating_sub(offset));
+        if known == 0 {
+            return false;
+        }
+        // SAFETY: the destination is in the block, as just checked; the source is a slice of at least as many bytes.
+        unsafe {
+            asm!("rep movsb", inout("rcx") known => _, inout("rsi") from.as_ptr() => _,
+                 inout("rdi") self.at(offset) => _, options(nostack, preserves_flags));
+        }
+        self.0.code.stored_range(offset, known)
+    }
+
+    /// Sets bytes to 0: whole pages by giving them back to the host, if it takes them.
+    pub(crate) fn clear(&self, offset: u64, len: u64) {
+        let whole = len & !(PAGE_SIZE - 1);
+        let done = if offset.is_multiple_of(PAGE_SIZE) && whole > 0 && self.0.block.punch(offset, whole) {
+            self.0.code.stored_range(offset, whole);
+            whole
+        } else {
+            0
+        };
+        let zeroes = [0; PAGE_SIZE as usize];
+        let mut at = done;
+        while at < len {
+            let n = (len - at).min(PAGE_SIZE);
+            self.write(offset + at, &zeroes[..n as usize]);
+            at += n;
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
 use machine::irqs::Irqs;
 use machine::{Bus, Clock, Machine, Memory, Power, Registers};
+use memory::Window;
 use x86::cpuid::Cpuid;
 
 use crate::Error;
@@ -38,7 +39,7 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
         Boot::Firmware(firmware) => boot::rom_size(&firmware.code)?,
         Boot::Kernel { .. } => 0,
     };
-    let memory = Memory::new(config.memory, rom)?;
+    let (memory, windows) = memory(config, rom)?;
     let engine = host::choose(config.engine)?;
     let tsc_khz = match engine {
         Chosen::Kvm { tsc_khz, .. } => tsc_khz,
@@ -53,7 +54,7 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
         Chosen::Interpret => with_interpreter(config, &machine, processor)?,
         Chosen::Translate => with_translator(config, &machine, processor)?,
     };
-    let (pci, hotplug) = plug(config, &machine, &irqs, console)?;
+    let (pci, hotplug) = plug(config, &machine, &irqs, console, windows)?;
     let state = load(config, &machine.memory, &hotplug)?;
     for (index, vcpu) in vcpus.iter_mut().enumerate() {
         let mut state = if index == 0 { state.clone() } else { State::reset(false, 0) };
@@ -63,6 +64,18 @@ pub fn assemble(config: &Config, console: &Arc<Console>, power: &Power) -> Resul
         vcpu.set_state(&state)?;
     }
     Ok(Assembly { vcpus, engine, machine, _pci: pci })
+}
+
+/// Memory of devices that the guest reaches without them: the VGA's, and the flash chip's.
+type Windows = [Window; 2];
+
+fn memory(config: &Config, rom: u64) -> Result<(Memory, Windows), Error> {
+    let frame_buffer = if config.display == Display::Vga { vga::MEMORY as u64 } else { 0 };
+    let flash = match &config.boot {
+        Boot::Firmware(firmware) => firmware.variables.as_ref().map_or(0, |chip| chip.size()),
+        Boot::Kernel { .. } => 0,
+    };
+    Ok(Memory::with_windows(config.memory, rom, [frame_buffer, flash])?)
 }
 
 fn check(config: &Config) -> Result<(), Error> {
@@ -160,6 +173,7 @@ fn plug(
     machine: &Arc<Machine>,
     irqs: &Arc<Irqs>,
     console: &Arc<Console>,
+    [frame_buffer, flash]: Windows,
 ) -> Result<(Arc<pci::Host>, Arc<pci::HotPlug>), Error> {
     let Machine { ports, mmio, clock, timers, power, .. } = &**machine;
     irqs.insert(ports, mmio)?;
@@ -223,14 +237,14 @@ fn plug(
     host.plug(Some(pci::LPC), lpc)?;
     let hotplug = pci::HotPlug::new(&host, pm);
     insert(ports, pci::HOTPLUG, "PCI hot-plug", hotplug.clone())?;
-    plug_display(config, &host, machine)?;
+    plug_display(config, &host, machine, frame_buffer)?;
     let bootable = plug_disks(config, &hotplug, &host, machine)?;
     plug_virtio(config, &host, machine, console)?;
     match &config.boot {
         // Without firmware nobody else gives devices their addresses.
         Boot::Kernel { .. } => host.assign()?,
         Boot::Firmware(firmware) => {
-            firmware::plug(firmware, machine)?;
+            firmware::plug(firmware, machine, flash)?;
             firmware::describe(&fw_cfg, config, &machine.memory, &host, &hotplug, &bootable)?;
         }
     }
@@ -264,11 +278,16 @@ fn plug_virtio(
 }
 
 /// The display, and who looks at it.
-fn plug_display(config: &Config, host: &pci::Host, machine: &Machine) -> Result<(), Error> {
+fn plug_display(
+    config: &Config,
+    host: &pci::Host,
+    machine: &Machine,
+    frame_buffer: Window,
+) -> Result<(), Error> {
     match config.display {
         Display::None => {}
         Display::Vga => {
-            let vga = vga::Vga::new();
+            let vga = vga::Vga::new(frame_buffer);
             vga.insert(&machine.ports, &machine.mmio)?;
             host.plug(Some(vga::ADDRESS), vga.clone())?;
             let source: Arc<dyn screens::Source> = vga;

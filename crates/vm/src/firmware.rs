@@ -7,7 +7,7 @@ use devices::debug::{self, DebugConsole};
 use devices::flash::Flash;
 use devices::{fw_cfg, pci, pm, serial};
 use machine::{Machine, Memory};
-use memory::{HOLE_END, HOLE_START, Kind};
+use memory::{HOLE_END, HOLE_START, Kind, Window};
 
 use crate::Error;
 use crate::config::{Boot, Config, Display, Firmware};
@@ -64,12 +64,13 @@ fn acpi_now(found: boot::acpi::Config, host: &pci::Host) -> boot::acpi::Config {
 }
 
 /// Puts the firmware's own devices on the buses: its flash chip below the code, and its console.
-pub fn plug(firmware: &Firmware, machine: &Machine) -> Result<(), Error> {
+pub fn plug(firmware: &Firmware, machine: &Machine, flash: Window) -> Result<(), Error> {
     if let Some(contents) = &firmware.variables {
         let rom = machine.memory.regions().iter().find(|region| region.kind == Kind::Rom);
         let end = rom.map_or(HOLE_END, |rom| rom.gpa);
         let size = contents.size();
-        machine.mmio.insert(end.saturating_sub(size), size, "flash", Flash::new(contents.clone()))?;
+        let at = end.saturating_sub(size);
+        machine.mmio.insert(at, size, "flash", Flash::new(contents.clone(), flash, at))?;
     }
     if let Some(log) = &firmware.log {
         let out = log.try_clone().map_err(|source| Error::Host { what: "one more open file", source })?;

@@ -1,6 +1,9 @@
 //! A flash chip beside the firmware's ROM, in which UEFI keeps its variables: NOR flash of one byte's width with Intel's
 //! command set (JESD68.01, Common Flash Interface; command set 1 as in Intel's 28F640 data sheet, chapter 4).
 //!
+//! While reads give the contents, the guest sees them as ROM, without us; its writes are commands, after which reads may come
+//! here, until a command ends that.
+//!
 //! Erasing sets all bits of a block, programming clears bits. Both end at once. There are no buffered writes.
 
 use std::fmt;
@@ -9,7 +12,8 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
-use machine::Registers;
+use machine::{Gpa, Registers};
+use memory::{Kind, Window};
 use serde::{Deserialize, Serialize};
 
 use crate::{Saved, lock, read_bytes};
@@ -135,12 +139,31 @@ pub struct State {
 pub struct Flash {
     state: Mutex<State>,
     contents: Arc<Contents>,
+    /// The contents once more, for the guest, and where it sees them.
+    rom: Window,
+    at: Gpa,
 }
 
 impl Flash {
-    /// A chip that holds `contents`.
-    pub fn new(contents: Arc<Contents>) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), contents })
+    /// A chip that holds `contents`, which is seen through `rom`, of the same size, at `at`. To be put on the bus there, too.
+    pub fn new(contents: Arc<Contents>, rom: Window, at: Gpa) -> Arc<Self> {
+        rom.write(0, &lock(&contents.bytes));
+        let flash = Self { state: Mutex::default(), contents, rom, at };
+        flash.show(&State::default());
+        Arc::new(flash)
+    }
+
+    /// Lets the guest see the contents as ROM, or sends its reads here.
+    fn show(&self, state: &State) {
+        let array = state.reads == Reads::Array && self.rom.size() == self.contents.size();
+        self.rom.show(array.then_some((self.at, Kind::Rom)));
+    }
+
+    /// Changes the contents, also as the guest sees them.
+    fn change(&self, offset: u64, new: &[u8]) -> io::Result<()> {
+        self.contents.change(offset, new)?;
+        self.rom.write(offset, new);
+        Ok(())
     }
 
     /// The registers; the contents are kept elsewhere.
@@ -151,7 +174,9 @@ impl Flash {
     /// Goes on from `state`.
     pub fn set_state(&self, state: &Saved<State>) {
         let Saved::V1(state) = state;
-        *lock(&self.state) = *state;
+        let mut now = lock(&self.state);
+        *now = *state;
+        self.show(&now);
     }
 
     fn command(&self, state: &mut State, command: u8) {
@@ -173,13 +198,13 @@ impl Flash {
         state.status |= status::READY;
         let failed = match std::mem::take(&mut state.command) {
             command::ERASE if value == command::ERASE_CONFIRM => {
-                let erased = self.contents.change(offset & !(BLOCK - 1), &[0xff; BLOCK as usize]);
+                let erased = self.change(offset & !(BLOCK - 1), &[0xff; BLOCK as usize]);
                 erased.is_err().then_some(status::ERASE_FAILED)
             }
             command::ERASE => Some(status::SEQUENCE),
             _ => {
                 let byte = self.contents.get(offset, 1) as u8 & value;
-                self.contents.change(offset, &[byte]).is_err().then_some(status::PROGRAM_FAILED)
+                self.change(offset, &[byte]).is_err().then_some(status::PROGRAM_FAILED)
             }
         };
         state.status |= failed.unwrap_or(0);
@@ -236,5 +261,6 @@ impl Registers for Flash {
             0 => self.command(&mut state, value as u8),
             _ => self.finish(&mut state, offset, value as u8),
         }
+        self.show(&state);
     }
 }

@@ -307,6 +307,10 @@ impl Host {
             .collect();
         for &(n, bar, _) in &moved {
             if let Some(start) = mapped[n].take() {
+                // Memory goes first and comes last, so that somebody answers meanwhile.
+                if let Some(memory) = slot.function.bar_memory(n) {
+                    memory.show(None);
+                }
                 bus(&machine, bar).remove(start);
             }
         }
@@ -316,6 +320,9 @@ impl Host {
             // What a guest lays over something else is not to be reached, until it moves it.
             if bus(&machine, bar).insert(start, bar.size(), "PCI BAR", registers).is_ok() {
                 mapped[n] = Some(start);
+                if let Some(memory) = slot.function.bar_memory(n) {
+                    memory.show(Some((start, memory::Kind::Ram)));
+                }
             }
         }
     }

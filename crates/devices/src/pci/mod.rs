@@ -92,6 +92,12 @@ pub trait Function: Send + Sync {
         Vec::new()
     }
 
+    /// The memory that a BAR is, if it is none of registers: the guest reaches it without the function. Where it cannot (other
+    /// memory is in the way), [`Function::read_bar`] and [`Function::write_bar`] are called as for registers.
+    fn bar_memory(&self, _bar: usize) -> Option<&memory::Window> {
+        None
+    }
+
     /// The guest is about to read configuration space at `offset`; the function may bring it up to date.
     fn config_read(&self, _offset: u8) {}
 

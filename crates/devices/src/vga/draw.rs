@@ -2,22 +2,35 @@
 
 use screens::Picture;
 
-use super::State;
+use super::dispi::Dispi;
 use super::registers::{Legacy, attribute, crtc, graphics, sequencer};
+use super::{MEMORY, Now, Video, bytes as first_bytes};
+
+/// Bytes of memory that the legacy modes reach: 64 KiB of each plane.
+const LEGACY: usize = 0x4_0000;
+
+/// What the legacy modes are drawn from.
+struct State<'a> {
+    legacy: &'a Legacy,
+    dispi: &'a Dispi,
+    memory: Vec<u8>,
+}
 
 /// Draws the screen.
-pub fn draw(state: &State, picture: &mut Picture) {
-    let legacy = &state.legacy;
+pub fn draw(now: &Now, memory: &Video, picture: &mut Picture) {
+    let Now { legacy, dispi } = now;
     let off = legacy.attribute.0 & attribute::ON == 0 || legacy.sequencer.1[sequencer::CLOCKING] & 0x20 != 0;
-    if state.dispi.enabled() {
-        picture.resize(state.dispi.width.into(), state.dispi.height.into());
-        match state.dispi.depth {
+    let state = |bytes| State { legacy, dispi, memory: first_bytes(memory, bytes) };
+    if dispi.enabled() {
+        picture.resize(dispi.width.into(), dispi.height.into());
+        match dispi.depth {
             _ if off => picture.fill(0),
-            4 => planar(state, picture, &Lines::of_dispi(state)),
-            _ => linear(state, picture),
+            4 => planar(&state(MEMORY), picture, &Lines::of_dispi(dispi)),
+            _ => linear(now, memory, picture),
         }
         return;
     }
+    let state = &state(LEGACY);
     let graphic = legacy.graphics.1[graphics::MISC] & 1 != 0;
     if off {
         if picture.size() == (0, 0) {
@@ -57,20 +70,21 @@ fn take<const N: usize>(memory: &[u8], at: usize) -> [u8; N] {
     memory.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
 }
 
-fn linear(state: &State, picture: &mut Picture) {
-    let dispi = &state.dispi;
+fn linear(now: &Now, memory: &Video, picture: &mut Picture) {
+    let dispi = &now.dispi;
     let first = dispi.stride() * usize::from(dispi.y) + dispi.bytes_of(dispi.x.into());
     let palette: Vec<u32> = match dispi.depth {
-        8 => (0..=255).map(|index| state.legacy.colour_of(index)).collect(),
+        8 => (0..=255).map(|index| now.legacy.colour_of(index)).collect(),
         _ => Vec::new(),
     };
     let bytes = dispi.bytes_of(1).max(1);
+    let mut line = vec![0; picture.size().0 as usize * bytes];
     for y in 0..picture.size().1 {
         let start = first + dispi.stride() * y as usize;
         let row = picture.row_mut(y);
-        let memory = state.memory.get(start..).unwrap_or_default();
-        let known = row.len().min(memory.len() / bytes);
-        let pixels = row.iter_mut().zip(memory.chunks_exact(bytes));
+        memory.read(start as u64, &mut line);
+        let known = row.len().min(MEMORY.saturating_sub(start) / bytes);
+        let pixels = row.iter_mut().zip(line.chunks_exact(bytes));
         match dispi.depth {
             8 => pixels.for_each(|(to, from)| *to = palette[usize::from(from[0])]),
             15 => pixels.for_each(|(to, from)| *to = packed(u16::from_le_bytes([from[0], from[1]]), 5)),
@@ -120,8 +134,7 @@ impl Lines {
         }
     }
 
-    fn of_dispi(state: &State) -> Self {
-        let dispi = &state.dispi;
+    fn of_dispi(dispi: &Dispi) -> Self {
         let offset = dispi.stride();
         let start = offset * usize::from(dispi.y) + usize::from(dispi.x) / 8 * 4;
         Self { start, offset, compare: u32::MAX, double: 1, rows: 1, mode: 3 }
@@ -146,7 +159,7 @@ impl Lines {
 
 /// 16 colours: a bit of each plane.
 fn planar(state: &State, picture: &mut Picture, lines: &Lines) {
-    let legacy = &state.legacy;
+    let legacy = state.legacy;
     let colours = legacy.colours();
     let enabled = legacy.attribute.1[attribute::PLANES] & 0xf;
     let (pan, dots) = match state.dispi.enabled() {
@@ -167,7 +180,7 @@ fn planar(state: &State, picture: &mut Picture, lines: &Lines) {
 
 /// CGA's 4 colours: planes 0 and 1 in turns have four pixels in a byte.
 fn four_colours(state: &State, picture: &mut Picture, lines: &Lines) {
-    let legacy = &state.legacy;
+    let legacy = state.legacy;
     let colours = legacy.colours();
     let enabled = legacy.attribute.1[attribute::PLANES] & 0xf;
     for y in 0..picture.size().1 {
@@ -194,7 +207,7 @@ fn bytes(state: &State, picture: &mut Picture, lines: &Lines) {
 
 /// Text: plane 0 has characters, plane 1 attributes, plane 2 fonts of 32 bytes a character.
 fn text(state: &State, picture: &mut Picture) {
-    let legacy = &state.legacy;
+    let legacy = state.legacy;
     let cell = if legacy.sequencer.1[sequencer::CLOCKING] & 1 != 0 { 8 } else { 9 };
     let (width, height) = size(legacy, cell);
     picture.resize(width, height);

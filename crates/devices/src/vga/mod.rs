@@ -1,7 +1,8 @@
 //! A VGA with a linear frame buffer: the PCI display 1234:1111 as QEMU's `std` and Bochs have it (QEMU's `docs/specs/standard-vga`;
 //! Bochs' `VBE DISPI`; IBM's VGA as in FreeVGA's pages).
 //!
-//! Video memory is reached through the legacy window at 0xa0000, by the four planes, and whole through BAR 0. A byte of plane *p*
+//! Video memory is reached through the legacy window at 0xa0000, by the four planes, and whole through BAR 0, where it is the
+//! guest's memory as RAM is. A byte of plane *p*
 //! at *a* is byte 4*a* + *p* of it; with "chain 4" a byte of the window is the same byte of it. Registers are at the legacy ports,
 //! and once more in BAR 2. What the screen shows is drawn from memory and registers when somebody looks.
 
@@ -16,6 +17,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use machine::{Bus, Registers, bus};
+use memory::Window as Video;
 use screens::{Picture, Source, edid};
 use serde::{Deserialize, Serialize};
 
@@ -52,10 +54,18 @@ pub struct State {
     pub memory: Vec<u8>,
 }
 
+/// What changes but memory.
+#[derive(Default)]
+struct Now {
+    legacy: Legacy,
+    dispi: Dispi,
+}
+
 /// The display.
 pub struct Vga {
     config: Config,
-    state: Mutex<State>,
+    state: Mutex<Now>,
+    memory: Video,
     edid: [u8; 128],
 }
 
@@ -66,8 +76,9 @@ impl fmt::Debug for Vga {
 }
 
 impl Vga {
-    /// A display; its monitor prefers [`edid::PREFERRED`]. To be plugged in, and put on the buses by [`Vga::insert`].
-    pub fn new() -> Arc<Self> {
+    /// A display with `memory` of [`MEMORY`] bytes; its monitor prefers [`edid::PREFERRED`]. To be plugged in, and put on the
+    /// buses by [`Vga::insert`].
+    pub fn new(memory: Video) -> Arc<Self> {
         let mut config = Config::new(Id {
             vendor: 0x1234,
             device: 0x1111,
@@ -77,9 +88,8 @@ impl Vga {
         });
         config.add_bar_at(MEMORY_BAR, Bar::Memory32(MEMORY as u32));
         config.add_bar_at(REGISTERS_BAR, Bar::Memory32(4096));
-        let state = State { legacy: Legacy::default(), dispi: Dispi::default(), memory: vec![0; MEMORY] };
         let (width, height) = edid::PREFERRED;
-        Arc::new(Self { config, state: Mutex::new(state), edid: edid::block(width, height) })
+        Arc::new(Self { config, state: Mutex::default(), memory, edid: edid::block(width, height) })
     }
 
     /// Puts the legacy ports and the legacy window on the buses.
@@ -94,39 +104,45 @@ impl Vga {
 
     /// Registers and memory; the configuration space is saved with the bus.
     pub fn state(&self) -> Saved<State> {
-        let mut state = lock(&self.state).clone();
-        let used = state.memory.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-        state.memory.truncate(used);
-        Saved::V1(state)
+        let now = lock(&self.state);
+        let mut memory = bytes(&self.memory, MEMORY);
+        let used = memory.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        memory.truncate(used);
+        Saved::V1(State { legacy: now.legacy.clone(), dispi: now.dispi.clone(), memory })
     }
 
     /// Goes on from `state`.
     pub fn set_state(&self, state: &Saved<State>) {
-        let Saved::V1(state) = state;
-        let mut state = state.clone();
-        state.memory.resize(MEMORY, 0);
-        state.legacy.set_in_range();
-        *lock(&self.state) = state;
+        let Saved::V1(State { legacy, dispi, memory }) = state;
+        let mut now = lock(&self.state);
+        *now = Now { legacy: legacy.clone(), dispi: dispi.clone() };
+        now.legacy.set_in_range();
+        self.memory.clear(MEMORY as u64);
+        self.memory.write(0, memory);
     }
-}
 
-impl State {
-    fn write_dispi(&mut self, index: u16, value: u16) {
-        let set = self.dispi.write(index, value);
-        self.legacy.settle(&self.dispi);
+    fn write_dispi(&self, now: &mut Now, index: u16, value: u16) {
+        let set = now.dispi.write(index, value);
+        now.legacy.settle(&now.dispi);
         if set {
-            self.legacy.follow(&self.dispi);
-            if self.dispi.clears() {
-                let used = self.dispi.bytes().min(self.memory.len());
-                self.memory[..used].fill(0);
+            now.legacy.follow(&now.dispi);
+            if now.dispi.clears() {
+                self.memory.clear(now.dispi.bytes() as u64);
             }
         }
     }
 }
 
+/// The first bytes of memory.
+fn bytes(memory: &Video, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    memory.read(0, &mut bytes);
+    bytes
+}
+
 impl Source for Vga {
     fn draw(&self, picture: &mut Picture) {
-        draw::draw(&lock(&self.state), picture);
+        draw::draw(&lock(&self.state), &self.memory, picture);
     }
 }
 
@@ -135,12 +151,22 @@ impl Function for Vga {
         &self.config
     }
 
+    fn bar_memory(&self, bar: usize) -> Option<&Video> {
+        (bar == MEMORY_BAR).then_some(&self.memory)
+    }
+
     fn read_bar(&self, bar: usize, offset: u64, size: u8) -> u64 {
         let mut state = lock(&self.state);
         let at = offset as usize;
         match (bar, offset) {
-            (MEMORY_BAR, _) => read_memory(&state.memory, at, size),
-            (REGISTERS_BAR, ..0x80) => read_memory(&self.edid, at, size),
+            (MEMORY_BAR, _) => {
+                let mut bytes = [0; 8];
+                self.memory.read(offset, &mut bytes[..usize::from(size).min(8)]);
+                u64::from_le_bytes(bytes)
+            }
+            (REGISTERS_BAR, ..0x80) => {
+                crate::read_bytes(offset, size, |at| self.edid.get(at as usize).copied().unwrap_or(0))
+            }
             (REGISTERS_BAR, 0x400..0x420) => {
                 crate::read_bytes(offset - 0x400 + 0x10, size, |port| state.legacy.read(port))
             }
@@ -153,29 +179,18 @@ impl Function for Vga {
         let mut state = lock(&self.state);
         let at = offset as usize;
         match (bar, offset) {
-            (MEMORY_BAR, _) => write_memory(&mut state.memory, at, size, value),
+            (MEMORY_BAR, _) => self.memory.write(offset, &value.to_le_bytes()[..usize::from(size).min(8)]),
             (REGISTERS_BAR, 0x400..0x420) => {
                 crate::write_bytes(offset - 0x400 + 0x10, size, value, |port, byte| {
                     state.legacy.write(port, byte)
                 });
             }
-            (REGISTERS_BAR, 0x500..0x516) => state.write_dispi(((at - 0x500) / 2) as u16, value as u16),
+            (REGISTERS_BAR, 0x500..0x516) => {
+                self.write_dispi(&mut state, ((at - 0x500) / 2) as u16, value as u16);
+            }
             _ => {}
         }
     }
-}
-
-/// Bytes as a little-endian number; 0 beyond the end.
-fn read_memory(memory: &[u8], at: usize, size: u8) -> u64 {
-    let mut bytes = [0; 8];
-    let from = memory.get(at..).unwrap_or_default();
-    bytes.iter_mut().zip(from).take(size.into()).for_each(|(to, from)| *to = *from);
-    u64::from_le_bytes(bytes)
-}
-
-fn write_memory(memory: &mut [u8], at: usize, size: u8, value: u64) {
-    let to = memory.get_mut(at..).unwrap_or_default();
-    to.iter_mut().zip(value.to_le_bytes()).take(size.into()).for_each(|(to, from)| *to = from);
 }
 
 struct Ports(Arc<Vga>);
@@ -206,7 +221,7 @@ impl Registers for DispiPorts {
             state.dispi.index = value as u16;
         } else {
             let index = state.dispi.index;
-            state.write_dispi(index, value as u16);
+            self.0.write_dispi(&mut state, index, value as u16);
         }
     }
 }
@@ -216,11 +231,13 @@ struct Window(Arc<Vga>);
 impl Registers for Window {
     fn read(&self, offset: u64, size: u8) -> u64 {
         let state = &mut *lock(&self.0.state);
-        crate::read_bytes(offset, size, |at| planes::read(state, at as usize))
+        crate::read_bytes(offset, size, |at| planes::read(state, &self.0.memory, at as usize))
     }
 
     fn write(&self, offset: u64, size: u8, value: u64) {
         let state = &mut *lock(&self.0.state);
-        crate::write_bytes(offset, size, value, |at, byte| planes::write(state, at as usize, byte));
+        crate::write_bytes(offset, size, value, |at, byte| {
+            planes::write(state, &self.0.memory, at as usize, byte);
+        });
     }
 }

@@ -1,7 +1,7 @@
 //! The legacy window: video memory by its four planes.
 
-use super::State;
 use super::registers::{graphics, sequencer};
+use super::{MEMORY, Now, Video};
 
 /// How the window's bytes are those of memory.
 enum Way {
@@ -14,7 +14,7 @@ enum Way {
 }
 
 /// Where byte `at` of the window is; nowhere if the window is set to show less.
-fn way(state: &State, at: usize) -> Option<Way> {
+fn way(state: &Now, at: usize) -> Option<Way> {
     let registers = &state.legacy.graphics.1;
     let at = match registers[graphics::MISC] >> 2 & 3 {
         0 => at,
@@ -32,17 +32,21 @@ fn way(state: &State, at: usize) -> Option<Way> {
         Way::Planar(at << 2)
     };
     let (Way::Chained(first) | Way::OddEven(first) | Way::Planar(first)) = way;
-    (first + 3 < state.memory.len()).then_some(way)
+    (first + 3 < MEMORY).then_some(way)
 }
 
 /// Reads a byte of the window.
-pub fn read(state: &mut State, at: usize) -> u8 {
+pub fn read(state: &mut Now, memory: &Video, at: usize) -> u8 {
     let Some(way) = way(state, at) else { return 0xff };
     let first = match way {
-        Way::Chained(at) | Way::OddEven(at) => return state.memory[at],
+        Way::Chained(at) | Way::OddEven(at) => {
+            let mut byte = [0];
+            memory.read(at as u64, &mut byte);
+            return byte[0];
+        }
         Way::Planar(first) => first,
     };
-    state.legacy.latch.copy_from_slice(&state.memory[first..first + 4]);
+    memory.read(first as u64, &mut state.legacy.latch);
     let registers = &state.legacy.graphics.1;
     if registers[graphics::MODE] & 8 == 0 {
         return state.legacy.latch[usize::from(registers[graphics::READ_MAP] & 3)];
@@ -56,18 +60,18 @@ pub fn read(state: &mut State, at: usize) -> u8 {
 }
 
 /// Writes a byte of the window.
-pub fn write(state: &mut State, at: usize, value: u8) {
+pub fn write(state: &mut Now, memory: &Video, at: usize, value: u8) {
     let Some(way) = way(state, at) else { return };
     let mask = state.legacy.sequencer.1[sequencer::MAP_MASK];
     match way {
         Way::Chained(at) | Way::OddEven(at) => {
             if mask & 1 << (at & 3) != 0 {
-                state.memory[at] = value;
+                memory.write(at as u64, &[value]);
             }
         }
         Way::Planar(first) => {
             for plane in (0..4).filter(|plane| mask & 1 << plane != 0) {
-                state.memory[first + plane] = combined(state, plane, value);
+                memory.write((first + plane) as u64, &[combined(state, plane, value)]);
             }
         }
     }
@@ -79,7 +83,7 @@ fn spread(bits: u8, plane: usize) -> u8 {
 }
 
 /// What a write of `value` puts into a plane.
-fn combined(state: &State, plane: usize, value: u8) -> u8 {
+fn combined(state: &Now, plane: usize, value: u8) -> u8 {
     let registers = &state.legacy.graphics.1;
     let latch = state.legacy.latch[plane];
     let rotated = value.rotate_right(u32::from(registers[graphics::ROTATE] & 7));

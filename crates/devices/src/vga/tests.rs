@@ -2,6 +2,11 @@ use super::*;
 use crate::testing::{batter, through_json};
 use machine::Registers;
 
+fn video() -> Video {
+    let (_, [window]) = memory::Memory::with_windows(1 << 20, 0, [MEMORY as u64]).unwrap();
+    window
+}
+
 fn picture(vga: &Vga) -> Picture {
     let mut picture = Picture::default();
     vga.draw(&mut picture);
@@ -55,7 +60,7 @@ fn small(ports: &Bus, rows: u8) {
 
 #[test]
 fn text_is_drawn_with_the_font_in_plane_2() {
-    let vga = Vga::new();
+    let vga = Vga::new(video());
     let (ports, mmio) = buses(&vga);
     small(&ports, 16);
     attributes(&ports, 4);
@@ -95,7 +100,7 @@ fn text_is_drawn_with_the_font_in_plane_2() {
 
 #[test]
 fn planes_are_written_in_every_mode() {
-    let vga = Vga::new();
+    let vga = Vga::new(video());
     let (ports, mmio) = buses(&vga);
     small(&ports, 1);
     attributes(&ports, 1);
@@ -140,7 +145,7 @@ fn planes_are_written_in_every_mode() {
 
 #[test]
 fn mode_13h_has_a_byte_for_each_pixel() {
-    let vga = Vga::new();
+    let vga = Vga::new(video());
     let (ports, mmio) = buses(&vga);
     small(&ports, 2);
     attributes(&ports, 0x41);
@@ -163,7 +168,7 @@ fn dispi(ports: &Bus, index: u64, value: u64) {
 
 #[test]
 fn the_frame_buffer_in_every_depth() {
-    let vga = Vga::new();
+    let vga = Vga::new(video());
     let (ports, mmio) = buses(&vga);
     ports.write(0x1ce, 2, 0);
     assert_eq!(ports.read(0x1cf, 2), 0xb0c5);
@@ -229,7 +234,7 @@ fn a_hostile_guest_is_bounded_and_its_state_moves() {
             }
         }
     }
-    let vga = Vga::new();
+    let vga = Vga::new(video());
     let (ports, mmio) = buses(&vga);
     let all = All(vga.clone(), ports, mmio);
     for _ in 0..40 {
@@ -239,7 +244,7 @@ fn a_hostile_guest_is_bounded_and_its_state_moves() {
         all.write(0x30, 2, 4);
         all.write(0x31, 2, 0x81 * (picture(&vga).size().0 as u64 & 1));
     }
-    let other = Vga::new();
+    let other = Vga::new(video());
     other.set_state(&through_json(&vga.state()));
     assert_eq!(other.state(), vga.state());
     assert_eq!(picture(&other), picture(&vga));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use machine::cpu::State;
 use machine::{Machine, apic};
-use memory::Memory;
+use memory::{Keeper, Memory};
 use x86::control::{cr0, cr4, dr7, efer};
 use x86::cpuid::{Cpuid, Feature, Live};
 use x86::segment::{attr, index};
@@ -55,6 +55,8 @@ pub mod attention {
     pub const RESUME: u32 = 1 << 7;
     /// The code segment's limit is below 4 GiB, so every instruction is checked (not in 64-bit mode).
     pub const LIMIT: u32 = 1 << 8;
+    /// This vCPU has changed where memory is, and the others may not know yet.
+    pub const MAP: u32 = 1 << 9;
 }
 
 /// Registers and everything else that instructions work on.
@@ -93,6 +95,8 @@ pub struct Core {
     pub tlb: Box<Tlb>,
     /// Guest memory.
     pub memory: Memory,
+    /// Tells whether the TLB is still right about where memory is.
+    pub keeper: Keeper,
     /// Everything else; GPRs, RIP, RFLAGS and FPU here are stale.
     pub s: State,
     /// PDPTEs of PAE paging.
@@ -315,7 +319,9 @@ impl Core {
     /// A vCPU that was just reset.
     pub fn new(machine: Arc<Machine>, local: Arc<apic::Local>, cpuid: Arc<Cpuid>, number: u32) -> Self {
         let state = State::reset(number == 0, cpuid.signature());
+        let apic = local.clone();
         let mut core = Self {
+            keeper: machine.memory.keeper(move || apic.kick()),
             r: [0; 32],
             rip: 0,
             lazy: Lazy::default(),

@@ -39,6 +39,18 @@ impl Cpu {
         core.attention & !attention::LIMIT != 0 || core.local.pending() & core.poll != 0
     }
 
+    /// Guest code is about to run: to be called at the start of [`Vcpu::run`], and [`Cpu::leave`] at its end.
+    pub fn enter(&mut self) {
+        if self.core.keeper.enter() {
+            self.core.forget_map();
+        }
+    }
+
+    /// No guest code runs until [`Cpu::enter`].
+    pub fn leave(&mut self) {
+        self.core.keeper.leave();
+    }
+
     /// Executes one instruction at RIP and delivers the exception that it raises, for engines that build on this one.
     ///
     /// # Errors
@@ -162,7 +174,9 @@ impl Cpu {
                 return Err(Shutdown);
             }
             let interrupts = core.s.activity == Activity::Halted && core.rflags & flags::IF != 0;
+            core.keeper.leave();
             core.local.wait(interrupts);
+            self.enter();
             return Ok(None);
         }
         if core.attention & !attention::LIMIT == 0 {
@@ -174,6 +188,12 @@ impl Cpu {
     /// Events from other vCPUs and devices, in the order of their priority.
     fn events(&mut self) -> std::result::Result<Option<Exit>, Shutdown> {
         let core = &mut self.core;
+        if core.attention & attention::MAP != 0 {
+            core.attend(attention::MAP, false);
+            if core.keeper.wait() {
+                core.forget_map();
+            }
+        }
         if core.attention & attention::EVENT != 0 {
             self.saved_events()?;
         }
@@ -395,17 +415,20 @@ impl Kick for Kicker {
 
 impl Vcpu for Cpu {
     fn run(&mut self) -> std::result::Result<Exit, Error> {
-        loop {
+        self.enter();
+        let exit = loop {
             let exit = match self.blocks(u32::MAX) {
                 Ok(()) => self.attend(),
                 Err(e) => Err(e),
             };
             match exit {
                 Ok(None) => {}
-                Ok(Some(exit)) => return Ok(exit),
-                Err(Shutdown) => return Ok(self.shut_down()),
+                Ok(Some(exit)) => break exit,
+                Err(Shutdown) => break self.shut_down(),
             }
-        }
+        };
+        self.leave();
+        Ok(exit)
     }
 
     fn state(&mut self) -> std::result::Result<State, Error> {

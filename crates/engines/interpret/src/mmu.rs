@@ -10,7 +10,7 @@ use x86::paging::{self, Access, Page, Paging, Tables};
 use x86::segment::{attr, index};
 use x86::{Exception, flags};
 
-use crate::core::Core;
+use crate::core::{Core, attention};
 use crate::op::{Flow, Op, Result, slot};
 use crate::tlb::Tlb;
 use crate::word::Word;
@@ -49,7 +49,8 @@ static SPLIT_LOCK: Mutex<()> = Mutex::new(());
 #[derive(Clone, Copy, Debug)]
 enum Target {
     Ram(u64),
-    Rom(u64),
+    /// Its bytes are in guest memory; stores go to the device at this address, if there is one (a flash chip).
+    Rom(u64, Gpa),
     Device(Gpa),
 }
 
@@ -152,7 +153,7 @@ impl Core {
     fn target(&self, gpa: Gpa) -> Target {
         match self.memory.region(gpa) {
             Some(r) if r.kind == Kind::Ram => Target::Ram(gpa - r.gpa + r.offset),
-            Some(r) => Target::Rom(gpa - r.gpa + r.offset),
+            Some(r) => Target::Rom(gpa - r.gpa + r.offset, gpa),
             None => Target::Device(gpa),
         }
     }
@@ -175,7 +176,7 @@ impl Core {
         let target = self.target(page.gpa);
         let (offset, writable) = match target {
             Target::Ram(offset) => (offset, page.writable),
-            Target::Rom(offset) => (offset, false),
+            Target::Rom(offset, _) => (offset, false),
             Target::Device(_) => return Ok(at(target, linear)),
         };
         if bank != Tlb::USER_ALIGNED && !(self.watched && self.page_watched(linear)) {
@@ -202,7 +203,7 @@ impl Core {
         let close = bank == Tlb::USER_ALIGNED || self.watched && self.page_watched(linear);
         let (offset, writable) = match self.target(page.gpa) {
             Target::Ram(offset) => (offset, page.writable),
-            Target::Rom(offset) => (offset, false),
+            Target::Rom(offset, _) => (offset, false),
             Target::Device(_) => return Ok(None),
         };
         let mapping = Mapping { offset: offset & !0xfff, writable, global: page.global, shift: page.shift };
@@ -243,10 +244,10 @@ impl Core {
 
     fn target_read(&mut self, target: Target, size: u64) -> u64 {
         match (target, size) {
-            (Target::Ram(o) | Target::Rom(o), 8) => self.memory.load(o),
-            (Target::Ram(o) | Target::Rom(o), 4) => self.memory.load::<u32>(o).into(),
-            (Target::Ram(o) | Target::Rom(o), 2) => self.memory.load::<u16>(o).into(),
-            (Target::Ram(o) | Target::Rom(o), 1) => self.memory.load::<u8>(o).into(),
+            (Target::Ram(o) | Target::Rom(o, _), 8) => self.memory.load(o),
+            (Target::Ram(o) | Target::Rom(o, _), 4) => self.memory.load::<u32>(o).into(),
+            (Target::Ram(o) | Target::Rom(o, _), 2) => self.memory.load::<u16>(o).into(),
+            (Target::Ram(o) | Target::Rom(o, _), 1) => self.memory.load::<u8>(o).into(),
             (Target::Device(gpa), 1 | 2 | 4 | 8) => self.device_read(gpa, size as u8),
             _ => (0..size.min(8)).fold(0, |v, i| v | self.target_read(step(target, i), 1) << (8 * i)),
         }
@@ -258,8 +259,9 @@ impl Core {
             (Target::Ram(o), 4) => self.hit |= self.memory.store(o, value as u32),
             (Target::Ram(o), 2) => self.hit |= self.memory.store(o, value as u16),
             (Target::Ram(o), 1) => self.hit |= self.memory.store(o, value as u8),
-            (Target::Rom(_), _) => {}
-            (Target::Device(gpa), 1 | 2 | 4 | 8) => self.device_write(gpa, size as u8, value),
+            (Target::Rom(_, gpa) | Target::Device(gpa), 1 | 2 | 4 | 8) => {
+                self.device_write(gpa, size as u8, value)
+            }
             _ => (0..size.min(8)).for_each(|i| self.target_write(step(target, i), 1, value >> (8 * i))),
         }
     }
@@ -349,6 +351,24 @@ impl Core {
             return self.local.write((gpa & 0xffc) as u16, value as u32);
         }
         self.machine.mmio.write(gpa, size, value);
+        self.look_at_map();
+    }
+
+    /// To be called after a write to a device, which may have changed where memory is.
+    #[inline]
+    pub fn look_at_map(&mut self) {
+        if !self.keeper.is_current() {
+            self.forget_map();
+            // Others are waited for when nothing is held: between two instructions.
+            self.attend(attention::MAP, true);
+        }
+    }
+
+    /// Forgets where memory was.
+    #[cold]
+    pub fn forget_map(&mut self) {
+        self.tlb.flush_all();
+        self.context_changed();
     }
 
     /// Loads from a linear address with the current rights.
@@ -477,7 +497,7 @@ impl Core {
         let page = self.walk(linear, Access { fetch: true, user, ..Access::default() })?;
         match self.target(page.gpa) {
             Target::Device(_) => Ok(None),
-            Target::Ram(offset) | Target::Rom(offset) => {
+            Target::Ram(offset) | Target::Rom(offset, _) => {
                 self.tlb.fill_code(user, linear, offset, page.global, page.shift);
                 Ok(Some(offset | linear & 0xfff))
             }
@@ -616,7 +636,7 @@ fn at(target: Target, linear: u64) -> Target {
 fn step(target: Target, by: u64) -> Target {
     match target {
         Target::Ram(o) => Target::Ram(o.wrapping_add(by)),
-        Target::Rom(o) => Target::Rom(o.wrapping_add(by)),
+        Target::Rom(o, g) => Target::Rom(o.wrapping_add(by), g.wrapping_add(by)),
         Target::Device(g) => Target::Device(g.wrapping_add(by)),
     }
 }

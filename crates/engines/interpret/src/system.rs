@@ -67,6 +67,7 @@ impl Core {
         self.count.ports += 1;
         self.check_port_watch(port, size);
         self.machine.ports.write(port.into(), size, value);
+        self.look_at_map();
     }
 
     /// The guest's time-stamp counter.

@@ -13,7 +13,7 @@ use machine::bus::{Doorbells, Watch};
 use machine::cpu::Error;
 use machine::irq::{Controllers, LocalApics, Msi, Route};
 use machine::{EFD_CLOEXEC, EventFd, Gpa, Machine};
-use memory::{Kind, Memory};
+use memory::{Kind, Memory, Region, Slot};
 use x86::cpuid::{Cpuid, Features};
 
 use crate::kick::{self, Kick};
@@ -91,7 +91,6 @@ impl Vm {
         let split =
             kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [PINS as u64, 0, 0, 0], ..Default::default() };
         fd.enable_cap(&split).map_err(host("KVM has no split irqchip"))?;
-        map(&fd, memory)?;
         kick::install_handler();
         let debug = fd.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into());
         let shared = Shared {
@@ -104,7 +103,17 @@ impl Vm {
             routes: Mutex::default(),
             _memory: memory.clone(),
         };
-        Ok(Self { shared: Arc::new(shared) })
+        let shared = Arc::new(shared);
+        let mut slots = Slots::default();
+        slots.follow(&shared.fd, memory)?;
+        let (weak, slots) = (Arc::downgrade(&shared), Mutex::new(slots));
+        memory.listen(move |memory| {
+            if let Some(shared) = weak.upgrade() {
+                // What KVM does not map (its own pages are there) is reached through the bus, as a device.
+                let _ = slots.lock().unwrap_or_else(|e| e.into_inner()).follow(&shared.fd, memory);
+            }
+        });
+        Ok(Self { shared })
     }
 
     /// Makes the vCPU with LAPIC `id` (0 is the boot processor) of the processor `model`, which has no more than
@@ -260,21 +269,48 @@ fn entries(routes: &Routes) -> Vec<kvm_irq_routing_entry> {
     pins.chain(messages).map(entry).collect()
 }
 
-/// Gives the guest its memory.
-fn map(fd: &VmFd, memory: &Memory) -> Result<(), Error> {
-    for (slot, s) in memory.slots().enumerate() {
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: if s.region.kind == Kind::Rom { KVM_MEM_READONLY } else { 0 },
-            guest_phys_addr: s.region.gpa,
-            memory_size: s.region.size,
-            userspace_addr: s.host as u64,
-        };
-        // SAFETY: the range is mapped guest memory, which `Shared` keeps mapped for as long as the VM is there, and to
-        // which nothing in this process holds a Rust reference.
-        unsafe { fd.set_user_memory_region(region) }.map_err(host("KVM did not map the guest's memory"))?;
+/// What KVM has in its memory slots.
+#[derive(Default)]
+struct Slots(Vec<Option<Region>>);
+
+impl Slots {
+    /// Gives the guest its memory where it is to be now.
+    fn follow(&mut self, fd: &VmFd, memory: &Memory) -> Result<(), Error> {
+        let wanted: Vec<Option<Slot>> = memory.slots().collect();
+        self.0.resize(wanted.len(), None);
+        let changed = |has: &Option<Region>, slot: &Option<Slot>| *has != slot.map(|slot| slot.region);
+        // What goes makes room for what comes.
+        for (number, (has, slot)) in self.0.iter_mut().zip(&wanted).enumerate() {
+            if has.is_some() && changed(has, slot) {
+                set(fd, number, None)?;
+                *has = None;
+            }
+        }
+        let mut result = Ok(());
+        for (number, (has, slot)) in self.0.iter_mut().zip(&wanted).enumerate() {
+            if let Some(slot) = slot.filter(|_| has.is_none()) {
+                match set(fd, number, Some(&slot)) {
+                    Ok(()) => *has = Some(slot.region),
+                    Err(error) => result = Err(error),
+                }
+            }
+        }
+        result
     }
-    Ok(())
+}
+
+/// Fills or empties a memory slot.
+fn set(fd: &VmFd, number: usize, slot: Option<&Slot>) -> Result<(), Error> {
+    let region = kvm_userspace_memory_region {
+        slot: number as u32,
+        flags: if slot.is_some_and(|s| s.region.kind == Kind::Rom) { KVM_MEM_READONLY } else { 0 },
+        guest_phys_addr: slot.map_or(0, |s| s.region.gpa),
+        memory_size: slot.map_or(0, |s| s.region.size),
+        userspace_addr: slot.map_or(0, |s| s.host as u64),
+    };
+    // SAFETY: the range is mapped guest memory, which `Shared` keeps mapped for as long as the VM is there, and to which
+    // nothing in this process holds a Rust reference.
+    unsafe { fd.set_user_memory_region(region) }.map_err(host("KVM did not map the guest's memory"))
 }
 
 impl LocalApics for Vm {

@@ -652,6 +652,7 @@ impl Vcpu for Cpu {
         self.frame.set(at::REGISTERS, registers);
         self.frame.set(at::SIMD, simd);
         self.gs = 0;
+        self.vcpu.enter();
         signal::prepare(Running {
             range: self.cache.blocks(),
             frame: self.frame.base() as u64,
@@ -669,6 +670,7 @@ impl Vcpu for Cpu {
             }
         };
         signal::done();
+        self.vcpu.leave();
         result
     }
 

@@ -10,6 +10,8 @@ use crate::virtio::Device;
 use crate::virtio::balloon::{Balloon, Target};
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, Port};
+use crate::virtio::gpu::Gpu;
+use crate::virtio::input::{InputDevice, Kind};
 use crate::virtio::net::{Guest, Header, Link, Net, Options};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::Driver;
@@ -42,6 +44,9 @@ fn devices(memory: &Memory) -> Vec<Arc<dyn Device>> {
         Arc::new(Balloon::new(memory.clone(), Arc::new(Target::default()))),
         Arc::new(Net::new(cable, Arc::new(Mirror::default()))),
         Arc::new(Vsock::new(Arc::new(Hub::default()))),
+        Arc::new(Gpu::new(memory.clone())),
+        Arc::new(InputDevice::new(Kind::Keyboard)),
+        Arc::new(InputDevice::new(Kind::Tablet)),
     ]
 }
 
