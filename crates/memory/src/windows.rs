@@ -274,7 +274,7 @@ mod tests {
         assert_eq!((memory.load::<u16>(offset), memory.region(0xd000_4000)), (0x201, None), "and no more");
         memory.store(offset, 0x605u16);
         // Not where something is already, or nothing can be.
-        for gpa in [0xd000_2000, 0xcfff_f000, 0x10_0000, 0xffff_f000, u64::MAX & !0xfff, 0xe000_0800] {
+        for gpa in [0xd000_2000, 0xcfff_f000, 0x10_0000, 0xffff_f000, !0xfff, 0xe000_0800] {
             assert!(!b.show(Some((gpa, Kind::Rom))), "{gpa:x}");
             assert_eq!(memory.slots().flatten().count(), 4);
         }
