@@ -363,9 +363,9 @@ pub struct Run {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
 
-    /// A disk: an image (raw, qcow2, VMDK) or a block device. `readonly`, `serial=TEXT`, `bus=` (virtio, virtio-packed, nvme, sata), `cache=`
-    /// (writeback, writethrough, none, directsync, unsafe: as QEMU's) and `format=` (raw, qcow2, vmdk), which is found out if absent, may
-    /// follow; a comma in the path is doubled. May be given several times
+    /// A disk: an image (raw, qcow2, VMDK) or a block device. There may follow: `readonly`; `throwaway` (what is written goes at the end);
+    /// `serial=TEXT`; `bus=` (virtio, virtio-packed, nvme, sata); `cache=` (writeback, writethrough, none, directsync, unsafe: as QEMU's);
+    /// `format=` (raw, qcow2, vmdk), which is found out if absent. A comma in the path is doubled. May be given several times
     #[arg(long, value_name = "PATH[,OPTION…]", help_heading = "Disks", value_parser = crate::disk::parse)]
     pub disk: Vec<crate::disk::Disk>,
     /// A CD-ROM drive with this image in it. May be given several times

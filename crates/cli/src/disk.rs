@@ -33,9 +33,22 @@ impl Disk {
     pub fn at(path: PathBuf) -> Self {
         Self { path, options: Options::default(), serial: None, bus: DiskBus::default() }
     }
+
+    /// A disk to start from: one in a format that cannot be written is written beside it.
+    pub fn to_start_from(path: &Path) -> Result<Self, disks::Error> {
+        let mut disk = Self::at(path.into());
+        disk.options.throw_away = disks::format(path)? == Format::Vmdk;
+        if disk.options.throw_away {
+            eprintln!(
+                "lodge: {} is only read: what the guest writes is thrown away (`qemu-img convert -O qcow2` makes an image that keeps it)",
+                path.display()
+            );
+        }
+        Ok(disk)
+    }
 }
 
-/// Reads `PATH[,format=FORMAT][,readonly][,cache=CACHE][,serial=TEXT][,bus=BUS]`; `,,` is a comma of the path's.
+/// Reads `PATH[,format=FORMAT][,readonly][,throwaway][,cache=CACHE][,serial=TEXT][,bus=BUS]`; `,,` is a comma of the path's.
 pub fn parse(text: &str) -> Result<Disk, String> {
     let mut parts = split(text).into_iter();
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("give the path of an image")?;
@@ -43,6 +56,7 @@ pub fn parse(text: &str) -> Result<Disk, String> {
     for part in parts {
         match part.split_once('=') {
             None if part == "readonly" => disk.options.read_only = true,
+            None if part == "throwaway" => disk.options.throw_away = true,
             Some(("serial", serial)) => disk.serial = Some(serial.to_owned()),
             Some(("format", "raw")) => disk.options.format = Some(Format::Raw),
             Some(("format", "qcow2")) => disk.options.format = Some(Format::Qcow2),
@@ -60,7 +74,7 @@ pub fn parse(text: &str) -> Result<Disk, String> {
             }
             _ => {
                 return Err(format!(
-                    "\"{part}\" is not known of disks; there are format=, readonly, cache=, serial= and bus="
+                    "\"{part}\" is not known of disks; there are format=, readonly, throwaway, cache=, serial= and bus="
                 ));
             }
         }
@@ -185,7 +199,8 @@ mod tests {
     fn options_follow_the_path() {
         let disk = parse("a,,b.img,readonly,format=qcow2,cache=unsafe,serial=x=y,bus=sata").unwrap();
         let serial = Some("x=y".to_owned());
-        let options = Options { format: Some(Format::Qcow2), read_only: true, cache: Cache::Unsafe };
+        let options =
+            Options { format: Some(Format::Qcow2), read_only: true, cache: Cache::Unsafe, throw_away: false };
         let expected = Disk { path: "a,b.img".into(), options, serial, bus: DiskBus::Sata };
         assert_eq!(disk, expected);
     }

@@ -302,7 +302,7 @@ fn room_for(boot: &Boot) -> u64 {
 fn boot_disk(args: &Run, is_system: bool) -> anyhow::Result<Option<Disk>> {
     let path = args.image.as_deref().map(Path::new).filter(|path| path.exists() && !path.is_dir());
     let disk = match path {
-        Some(path) if vm::is_disk(path)? => Some(Disk::at(path.into())),
+        Some(path) if vm::is_disk(path)? => Some(Disk::to_start_from(path)?),
         _ => None,
     };
     if let (None, Some(_), Some(image)) = (&disk, &args.firmware, &args.image)

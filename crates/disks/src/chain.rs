@@ -7,7 +7,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use imago::format::gate::ImplicitOpenGate;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Storage, StorageOpenOptions};
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Storage, StorageOpenOptions,
+};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -135,6 +137,18 @@ fn open_backing(overlay: &Path, backing: qcow2::Backing, chain: &mut Chain) -> R
 fn open_raw(file: ImageFile, write: bool, path: &Path) -> Result<Layer, Error> {
     let raw = imago::raw::Raw::builder(file).write(write).open(DenyImplicitOpenGate::default());
     Ok(FormatAccess::new(raw.map_err(|error| Error::io("open", path, error))?))
+}
+
+/// A disk that reads as the one below, and keeps what is written in a file without a name.
+pub fn over(below: Layer) -> io::Result<Layer> {
+    // Of memory, as the usual place often is, there may be too little.
+    let place = std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
+    let file = tempfile::tempfile_in(place)?;
+    let new = imago::qcow2::Qcow2::<imago::file::File>::create_builder(host(file.try_clone()?, false)?);
+    new.size(below.size().next_multiple_of(512)).create()?;
+    let builder = imago::qcow2::Qcow2::builder(ImageFile::new(host(file, false)?, Shown::Whole));
+    let open = builder.backing(Some(below)).data_file(None).write(true).open(DenyImplicitOpenGate::default());
+    Ok(FormatAccess::new(open?))
 }
 
 /// A raw image's file past the host's cache.

@@ -99,6 +99,8 @@ pub struct Options {
     pub read_only: bool,
     /// What becomes of what is written.
     pub cache: Cache,
+    /// Only read the image, as others may meanwhile: what is written to the disk is kept beside it, and gone when it is dropped.
+    pub throw_away: bool,
 }
 
 /// Where what is written may wait, in QEMU's words.
@@ -179,13 +181,19 @@ fn held<T>(guard: Result<T, PoisonError<T>>) -> T {
     guard.unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The format of the image at `path`, by its first bytes.
+pub fn format(path: &Path) -> Result<Format, Error> {
+    let head = std::fs::File::open(path).and_then(|file| raw::head(&file));
+    Ok(Format::detect(&head.map_err(|error| Error::io("open", path, error))?))
+}
+
 impl Disk {
     /// Opens the image at `path`, and with it the images it lies over.
     ///
     /// Fails if a file cannot be opened or is locked by another VM, if a header is damaged or asks for what we do not do, and if
     /// the chain loops or has more than 16 images.
     pub fn open(path: &Path, options: &Options) -> Result<Disk, Error> {
-        let write = !options.read_only;
+        let write = !options.read_only && !options.throw_away;
         let mut chain = chain::Chain::default();
         chain.direct = options.cache.direct();
         let image = chain::Image::open(path, options.format, write, &mut chain.locks)?;
@@ -193,10 +201,14 @@ impl Disk {
         if format == Format::Vmdk && write {
             return Err(Error::unsupported(
                 path,
-                "writing VMDK images; open it read-only, or convert it with qemu-img convert",
+                "writing VMDK images; open it read-only or to be thrown away, or convert it with qemu-img convert",
             ));
         }
-        let (size, store) = if format == Format::Raw {
+        let (size, store) = if options.throw_away && !options.read_only {
+            let layer = chain::over(chain::open(image, false, &mut chain)?)
+                .map_err(|error| Error::io("keep what is written to", path, error))?;
+            (layer.size(), Store::Layered(Box::new(RwLock::new(layer))))
+        } else if format == Format::Raw {
             let direct = chain.direct.then(|| chain::past_cache(&image, write)).transpose()?;
             (image.len, Store::Raw(raw::Raw::new(image.file, options.format.is_none(), direct)))
         } else {
@@ -208,7 +220,8 @@ impl Disk {
             format,
             size,
             read_only: options.read_only,
-            cache: options.cache,
+            // What is thrown away need not last.
+            cache: if options.throw_away { Cache::Unsafe } else { options.cache },
             store,
             _locks: chain.locks,
         })

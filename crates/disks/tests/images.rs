@@ -87,6 +87,13 @@ fn images_that_qemu_made() {
     qemu_img(folder, "snapshot -a one snapshot");
     qemu_img(folder, "compare -f qcow2 -F raw snapshot raw");
 
+    // Bitmaps of what changed would be wrong after a write that they miss: they are marked so.
+    qemu_img(folder, "convert -f raw -O qcow2 raw bitmaps");
+    qemu_img(folder, "bitmap --add bitmaps one");
+    open(&folder.join("bitmaps")).write(0, &[1]).unwrap();
+    let about = fs::read(folder.join("bitmaps")).unwrap();
+    assert_eq!(about[88..96], [0; 8], "no automatically cleared feature is left");
+
     qemu_img(folder, "convert -f raw -O vmdk -o subformat=monolithicFlat raw flat.vmdk");
     let flat = folder.join("flat.vmdk");
     assert!(matches!(Disk::open(&flat, &Options::default()), Err(Error::Unsupported { .. })));
@@ -104,6 +111,27 @@ fn images_that_qemu_made() {
     for (name, says) in [("split.vmdk", "SPARSE"), ("extended", "extended L2"), ("external", "external")] {
         let error = Disk::open(&folder.join(name), &read_only()).unwrap_err().to_string();
         assert!(error.contains(says), "{name}: {error}");
+    }
+}
+
+#[test]
+fn what_is_written_to_be_thrown_away_is_seen_by_nobody_else() {
+    for format in [Format::Raw, Format::Qcow2] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        create(&path, format, 3 * MIB, None).unwrap();
+        let mut model = vec![7; 3 * MIB as usize];
+        Disk::open(&path, &given(format)).unwrap().write(0, &model).unwrap();
+        let before = fs::read(&path).unwrap();
+        let options = Options { throw_away: true, ..given(format) };
+        let (one, two) = (Disk::open(&path, &options).unwrap(), Disk::open(&path, &options).unwrap());
+        exercise(&one, &mut model, &mut random(50), 300);
+        assert!(contents(&one) == model && contents(&two) == vec![7; 3 * MIB as usize]);
+        assert!(matches!(Disk::open(&path, &given(format)), Err(Error::InUse { .. })));
+        drop((one, two));
+        assert!(fs::read(&path).unwrap() == before);
+        let left: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
     }
 }
 
