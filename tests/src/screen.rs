@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use flate2::{Decompress, FlushDecompress};
 
+/// What stands for a character that is not in the font.
+const UNKNOWN: char = '\u{fffd}';
+
 /// A picture: 0x00RRGGBB, row by row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picture {
@@ -34,24 +37,44 @@ impl Picture {
         (self.width, self.pixels.len() / self.width)
     }
 
-    /// The text on a screen of 80 by 25 characters of 9 by 16 pixels, read with the font of the VGA BIOS. What is no
-    /// printable character is a space.
+    /// Whether it is of a size that [`Picture::text`] reads.
+    pub fn has_text(&self) -> bool {
+        matches!(self.size(), (720, 400) | (640, 400 | 480))
+    }
+
+    /// The text on a screen of 80 by 25 characters of 9 by 16 pixels, or of 8 by 16 in its middle, read with the font of the
+    /// VGA BIOS. What is no printable character is a space.
     pub fn text(&self) -> String {
-        assert_eq!(self.size(), (720, 400), "80 by 25 characters");
+        self.lines().iter().map(|line| line.replace(UNKNOWN, " ").trim_end().to_owned() + "\n").collect()
+    }
+
+    /// Whether a line has this text, as far as its font is that of the VGA BIOS: at least two thirds of it.
+    pub fn shows(&self, what: &str) -> bool {
+        let what: Vec<char> = what.chars().collect();
+        let is_it = |window: &[char]| {
+            let known = window.iter().filter(|c| **c != UNKNOWN).count();
+            known * 3 >= what.len() * 2 && window.iter().zip(&what).all(|(c, w)| c == w || *c == UNKNOWN)
+        };
+        self.lines().iter().any(|line| line.chars().collect::<Vec<_>>().windows(what.len()).any(is_it))
+    }
+
+    fn lines(&self) -> Vec<String> {
+        assert!(self.has_text(), "80 by 25 characters, not {:?} pixels", self.size());
         let font = font();
-        let row = |line| (0..80).map(|column| self.character(&font, column, line)).collect::<String>();
-        (0..25).map(|line| row(line).trim_end().to_owned() + "\n").collect()
+        let line = |line| (0..80).map(|column| self.character(&font, column, line)).collect();
+        (0..25).map(line).collect()
     }
 
     fn character(&self, font: &HashMap<[u8; 16], char>, column: usize, line: usize) -> char {
-        let at = line * 16 * self.width + column * 9;
-        // The ninth column is empty but for lines, so it has the background's colour.
-        let back = self.pixels[at + 8];
+        let top = (self.size().1 - 400) / 2;
+        let at = (top + line * 16) * self.width + column * (self.width / 80);
+        // Nothing that is read here touches the upper left corner.
+        let back = self.pixels[at];
         let glyph: [u8; 16] = std::array::from_fn(|y| {
             let pixels = &self.pixels[at + y * self.width..][..8];
             pixels.iter().enumerate().fold(0, |bits, (x, p)| bits | if *p != back { 0x80 >> x } else { 0 })
         });
-        font.get(&glyph).copied().unwrap_or(' ')
+        if glyph == [0; 16] { ' ' } else { font.get(&glyph).copied().unwrap_or(UNKNOWN) }
     }
 }
 
@@ -117,6 +140,14 @@ impl Viewer {
         for down in [1, 0] {
             self.send(&[&[4, down, 0, 0][..], &keysym.to_be_bytes()].concat());
         }
+    }
+
+    /// Asks for a screen of this size.
+    pub fn resize(&mut self, width: u16, height: u16) {
+        // SetDesktopSize, with one screen: number, place, size, flags.
+        let [w, h] = [width, height].map(u16::to_be_bytes);
+        let message = [&[251, 0][..], &w, &h, &[1, 0], &[0; 8], &w, &h, &[0; 4]].concat();
+        self.send(&message);
     }
 
     fn update(&mut self) -> bool {

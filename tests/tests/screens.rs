@@ -66,12 +66,26 @@ impl Bed {
         loop {
             // Before the first text mode, and in between, there may be another.
             let picture = self.screenshot();
-            let text = if picture.size() == (720, 400) { picture.text() } else { String::new() };
-            if text.contains(what) {
+            let text = if picture.has_text() { picture.text() } else { String::new() };
+            if picture.has_text() && picture.shows(what) {
                 return text;
             }
             assert!(Instant::now() < patience, "{what:?} was never on the screen; there is:\n{text}");
             std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Waits for a picture of which something holds.
+    #[track_caller]
+    fn until_picture(&self, what: &str, holds: impl Fn(&Picture) -> bool) -> Picture {
+        let patience = Instant::now() + PATIENCE;
+        loop {
+            let picture = self.screenshot();
+            if holds(&picture) {
+                return picture;
+            }
+            assert!(Instant::now() < patience, "it was never so that {what}");
+            std::thread::sleep(Duration::from_millis(500));
         }
     }
 
@@ -91,14 +105,44 @@ impl Drop for Bed {
     }
 }
 
-#[test]
-fn memtest_is_seen_and_hears_keys() {
+/// memtest86+ from its CD.
+fn memtest(firmware: &str, memory: &str) -> Option<Bed> {
     let iso = "/usr/lib/memtest86+/memtest86+x64.iso";
     if !Path::new(iso).exists() {
         println!("skipped: the package memtest86+ is not installed");
-        return;
+        return None;
     }
-    let bed = Bed::start(Scratch::new("memtest"), &["--firmware", "bios", "--memory", "64M", "--cdrom", iso]);
+    let args = ["--engine", "translate", "--firmware", firmware, "--memory", memory, "--cdrom", iso];
+    Some(Bed::start(Scratch::new(&format!("memtest-{firmware}")), &args))
+}
+
+/// Lets memtest86+ finish a pass of all its tests but the last, which waits minutes for bits to fade.
+#[track_caller]
+fn passes(bed: &Bed) {
+    bed.until("Status: Testing");
+    for (key, answer) in [("f1", "Settings:"), ("f1", "Test Selection:"), ("f2", "Enter")] {
+        bed.ask(&["key", "vm", key]);
+        bed.until(answer);
+    }
+    bed.ask(&["type", "vm", "10\n"]);
+    bed.until("*.********.");
+    bed.ask(&["key", "vm", "f10"]);
+    bed.until("Settings:");
+    bed.ask(&["key", "vm", "f10"]);
+    let text = bed.until("Status: Pass");
+    assert!(bed.screenshot().shows("Errors: 0"), "{text}");
+}
+
+#[test]
+fn memtest_passes_by_uefi() {
+    let Some(bed) = memtest("uefi", "64M") else { return };
+    passes(&bed);
+    bed.end();
+}
+
+#[test]
+fn memtest_is_seen_and_hears_keys_and_passes() {
+    let Some(bed) = memtest("bios", "32M") else { return };
     let text = bed.until("Status: Testing");
     assert!(text.contains("Memtest86+ v"), "{text}");
     assert!(!text.contains("Settings:"), "{text}");
@@ -118,6 +162,7 @@ fn memtest_is_seen_and_hears_keys() {
     while bed.screenshot().text().contains("Settings:") {
         assert!(Instant::now() < patience, "the menu never went");
     }
+    passes(&bed);
     bed.end();
 }
 
@@ -138,6 +183,66 @@ fn a_menu_is_on_both_consoles_and_linux_finds_keyboard_and_mouse() {
     let (vm, _keyboard) = bed.vm.take().expect("it was started");
     let done = vm.wait(PATIENCE).expect(0);
     assert!(done.text().contains(ENTRY), "the menu was on the serial port, too: {}", done.out);
+}
+
+/// The rows of pixels of what the installer's list has chosen, which is red.
+fn chosen(picture: &Picture) -> Option<std::ops::Range<usize>> {
+    const RED: u32 = 0xaa_0000;
+    let is_red = |row: &[u32]| row.iter().filter(|pixel| **pixel == RED).count() > 200;
+    let red: Vec<_> = picture.pixels.chunks(picture.width).map(is_red).collect();
+    let start = red.iter().position(|red| *red)?;
+    Some(start..red.iter().rposition(|red| *red)? + 1)
+}
+
+/// debian-installer's kernel drives the display (bochs-drm, or virtio-gpu) and the keyboard (atkbd, or virtio-input): its list of
+/// languages is seen, and goes down by a line. What the list says is tested on the serial port.
+#[track_caller]
+fn the_installer_asks_on(display: &str) -> Option<Bed> {
+    let installer = "usr/lib/debian-installer/images/12/amd64/text/debian-installer/amd64";
+    let files = ["linux", "initrd.gz"].map(|file| format!("{installer}/{file}"));
+    let options = images::Options { suite: Some("bookworm".into()), ..images::Options::default() };
+    let found = images::Source::new(&options).and_then(|mut source| {
+        let files = files.each_ref().map(String::as_str);
+        source.files(&["debian-installer-12-netboot-amd64"], &files, &mut images::Silent)
+    });
+    let files = match found {
+        Ok(found) => found.files,
+        Err(error) => {
+            println!("skipped: {error}");
+            return None;
+        }
+    };
+    let [kernel, initrd] = [0, 1].map(|n: usize| files[n].stored.to_str().expect("a plain name"));
+    let args = ["--engine", "translate", "--display", display, "--memory", "1G", "--kernel", kernel];
+    let bed = Bed::start(
+        Scratch::new(&format!("installer-{display}")),
+        &[&args[..], &["--initrd", initrd]].concat(),
+    );
+    let english = bed.until_picture("a line of the list is red", |picture| chosen(picture).is_some());
+    assert_eq!(english.size(), (1024, 768), "what the monitor prefers");
+    let english = chosen(&english).expect("as just seen");
+    bed.ask(&["key", "vm", "down"]);
+    let below = english.start + 16..english.end + 16;
+    bed.until_picture("the next line is", |picture| chosen(picture).as_ref() == Some(&below));
+    Some(bed)
+}
+
+#[test]
+fn the_debian_installer_is_seen_by_vga() {
+    if let Some(bed) = the_installer_asks_on("vga") {
+        bed.end();
+    }
+}
+
+/// And its console takes the size that a viewer wants.
+#[test]
+fn the_debian_installer_is_seen_by_virtio() {
+    let Some(bed) = the_installer_asks_on("virtio") else { return };
+    let mut viewer = Viewer::connect(&bed.socket(), ZLIB);
+    viewer.look();
+    viewer.resize(800, 600);
+    bed.until_picture("it has 800 by 600 pixels", |picture| picture.size() == (800, 600));
+    bed.end();
 }
 
 /// Pixels that are not black.
