@@ -267,6 +267,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         memory,
         boot,
         disks: Arc::new(disks.into()),
+        nics: Arc::default(),
         cdroms: crate::disk::open_cds(&args.cdrom)?,
         shares: crate::share::open(&args.share)?,
         sockets: Arc::default(),

@@ -154,6 +154,11 @@ pub fn fetch<const N: usize>(memory: &Memory, at: u64) -> Result<[u8; N], Fault>
     Ok(bytes)
 }
 
+/// Reads bytes at a guest-physical address.
+pub fn load(memory: &Memory, at: u64, to: &mut [u8]) -> Result<(), Fault> {
+    memory.guest().read_slice(to, GuestAddress(at)).map_err(|_| Fault::Memory)
+}
+
 /// Writes bytes at a guest-physical address.
 pub fn store(memory: &Memory, at: u64, bytes: &[u8]) -> Result<(), Fault> {
     memory.guest().write_slice(bytes, GuestAddress(at)).map_err(|_| Fault::Memory)

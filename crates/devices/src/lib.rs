@@ -12,9 +12,11 @@
 pub mod ahci;
 pub mod debug;
 mod dma;
+pub mod e1000;
 pub mod flash;
 pub mod fw_cfg;
 pub mod hpet;
+pub mod net;
 pub mod nvme;
 pub mod pci;
 pub mod pit;

@@ -95,6 +95,7 @@ pub fn build(
             ),
         },
         disks: Arc::new(vec![disk_of(&target, "target"), disk_of(&Arc::new(source), "tree")].into()),
+        nics: Arc::default(),
         cdroms: Vec::new(),
         shares: Vec::new(),
         sockets: Arc::default(),

@@ -239,6 +239,7 @@ fn plug(
     insert(ports, pci::HOTPLUG, "PCI hot-plug", hotplug.clone())?;
     plug_display(config, &host, machine, frame_buffer)?;
     let bootable = plug_disks(config, &hotplug, &host, machine)?;
+    config.nics.plug(&hotplug, machine, config.cpus)?;
     plug_virtio(config, &host, machine, console)?;
     match &config.boot {
         // Without firmware nobody else gives devices their addresses.

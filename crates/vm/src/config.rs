@@ -1,15 +1,18 @@
 //! What a VM is made from.
 
+use std::fmt;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use devices::flash::Contents as Variables;
+pub use devices::net::{Guest, Header, Link, Mac};
 pub use devices::virtio::balloon::Target as Balloon;
 pub use devices::virtio::vsock::Hub as Sockets;
 use serde::{Deserialize, Serialize};
 use x86::cpuid::Model;
 
+use crate::nics::Nics;
 use crate::storage::Disks;
 
 /// Which technique runs the guest.
@@ -93,6 +96,33 @@ pub struct Disk {
     pub bus: DiskBus,
 }
 
+/// Which network card.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NicModel {
+    /// virtio-net, with a pair of queues for each vCPU.
+    #[default]
+    Virtio,
+    /// Intel's 82540EM, for systems without virtio.
+    E1000,
+}
+
+/// A network card of the guest's. Its cable stays through resets.
+#[derive(Clone)]
+pub struct Nic {
+    /// Its Ethernet address.
+    pub mac: Mac,
+    /// Which it is.
+    pub model: NicModel,
+    /// What its cable leads to.
+    pub link: Arc<dyn Link>,
+}
+
+impl fmt::Debug for Nic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Nic").field("mac", &self.mac).field("model", &self.model).finish_non_exhaustive()
+    }
+}
+
 /// A directory of the host that the guest may use, by virtio-fs. It stays open through resets.
 #[derive(Clone, Debug)]
 pub struct Share {
@@ -121,6 +151,8 @@ pub struct Config {
     pub boot: Boot,
     /// Disks, in the order in which the guest finds them. They may come and go while it runs.
     pub disks: Arc<Disks>,
+    /// Network cards, which may come and go while it runs.
+    pub nics: Arc<Nics>,
     /// What is in its CD-ROM drives, which are SATA's.
     pub cdroms: Vec<Arc<disks::Disk>>,
     /// Directories of the host.

@@ -12,6 +12,7 @@ mod error;
 mod firmware;
 mod gdb;
 pub mod host;
+mod nics;
 mod storage;
 
 use std::fmt;
@@ -22,13 +23,15 @@ use machine::cpu::Stats;
 
 pub use boot::is_disk;
 pub use config::{
-    Balloon, Boot, Choice, Config, Disk, DiskBus, Display, Firmware, Share, Sockets, Variables,
+    Balloon, Boot, Choice, Config, Disk, DiskBus, Display, Firmware, Guest, Header, Link, Mac, Nic, NicModel,
+    Share, Sockets, Variables,
 };
 pub use console::Console;
 pub use devices::virtio::fs::LONGEST_TAG;
 pub use error::Error;
 pub use machine::Power;
 pub use machine::power::End;
+pub use nics::Nics;
 pub use screens::Screen;
 pub use shares::Share as ShareDirectory;
 pub use storage::{Disks, Refusal};

@@ -120,8 +120,8 @@ struct Attached {
     leaving: bool,
 }
 
-/// Where disks are plugged in, for as long as the machine is there.
-struct Slots {
+/// Where devices are plugged in, for as long as the machine is there.
+pub(crate) struct Slots {
     hotplug: Weak<HotPlug>,
     machine: Weak<Machine>,
     cpus: u32,
@@ -188,8 +188,7 @@ impl Disks {
                 .map_err(|source| Error::Host { what: "a thread for a device", source })?;
             attached.at = Some(hotplug.plug(attached.at, function)?);
         }
-        state.machine =
-            Some(Slots { hotplug: Arc::downgrade(hotplug), machine: Arc::downgrade(machine), cpus });
+        state.machine = Some(Slots::new(hotplug, machine, cpus));
         Ok(state.disks.iter().map(|attached| (attached.disk.clone(), attached.at)).collect())
     }
 
@@ -346,7 +345,11 @@ impl Disks {
 }
 
 impl Slots {
-    fn now(&self) -> Option<(Arc<HotPlug>, Arc<Machine>, u32)> {
+    pub(crate) fn new(hotplug: &Arc<HotPlug>, machine: &Arc<Machine>, cpus: u32) -> Self {
+        Self { hotplug: Arc::downgrade(hotplug), machine: Arc::downgrade(machine), cpus }
+    }
+
+    pub(crate) fn now(&self) -> Option<(Arc<HotPlug>, Arc<Machine>, u32)> {
         Some((self.hotplug.upgrade()?, self.machine.upgrade()?, self.cpus))
     }
 }

@@ -181,8 +181,11 @@ impl Host {
             let mapped = lock(&slot.mapped).take();
             if let Some(machine) = self.machine.upgrade() {
                 for (n, bar) in config.bars() {
-                    let start = mapped.and_then(|mapped| mapped[n]);
-                    start.into_iter().for_each(|start| bus(&machine, bar).remove(start));
+                    let Some(start) = mapped.and_then(|mapped| mapped[n]) else { continue };
+                    if let Some(memory) = slot.function.bar_memory(n) {
+                        memory.show(None);
+                    }
+                    bus(&machine, bar).remove(start);
                 }
             }
             slot.function.config_written(reg::COMMAND as u8);

@@ -25,6 +25,8 @@ load() {
 load 0x1042 device virtio blk
 load 0x105a device virtio fs
 load 0x1043 device virtio console
+load 0x1041 device virtio net
+load 0x100e device e1000
 load 0x0106 class sata
 load 0x010802 class nvme
 # Directories of the host: lodge.shares=TAG,TAG on the kernel's command line.

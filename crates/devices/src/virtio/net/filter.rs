@@ -3,9 +3,7 @@
 use virtio_bindings::virtio_net as b;
 
 use crate::dma::le32;
-
-/// An Ethernet address.
-pub type Mac = [u8; 6];
+use crate::net::Mac;
 
 /// Addresses of others that are remembered. Who wants more gets all.
 const MOST: usize = 64;

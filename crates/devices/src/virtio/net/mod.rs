@@ -2,7 +2,6 @@
 //! [`Link`], where that can; queues in pairs, and one for control.
 
 mod filter;
-mod header;
 #[cfg(test)]
 mod tests;
 
@@ -17,10 +16,9 @@ use virtio_bindings::virtio_net as b;
 use super::{Broken, Device, In, Out, Wires};
 use crate::dma::le16;
 use crate::lock;
+pub use crate::net::{ETHERNET, Guest, HEADER, Header, LONGEST_FRAME, Link, Mac, Segments};
+use crate::net::{Receiver, queue_of};
 use filter::Filter;
-pub use filter::Mac;
-use header::queue_of;
-pub use header::{ETHERNET, HEADER, Header, LONGEST_FRAME, Segments};
 
 const QUEUE: u16 = 256;
 /// Pairs of queues at most.
@@ -29,50 +27,6 @@ pub const MOST_PAIRS: u32 = 8;
 const FULL: usize = 1 << 20;
 /// Bytes of a control command at most.
 const LONGEST_COMMAND: usize = 4096;
-
-/// The other end of the guest's cable: what carries its frames.
-pub trait Link: Send + Sync {
-    /// Whether it can send and deliver frames whose checksums are to be computed, and long TCP segments.
-    fn offloads(&self) -> bool {
-        false
-    }
-
-    /// Called once, before all else: where frames for the guest go.
-    fn connect(&self, guest: Guest);
-
-    /// Sends a frame of the guest's, of [`ETHERNET`] to [`LONGEST_FRAME`] bytes; it should not wait. Without
-    /// [`Link::offloads`] nothing is left to do on it.
-    fn send(&self, header: &Header, frame: &[u8]);
-
-    /// There is room again for frames to the guest, after one was refused.
-    fn room(&self) {}
-}
-
-/// The guest's end, as its link has it: any thread may use it.
-#[derive(Clone, Default)]
-pub struct Guest(Weak<Shared>);
-
-impl Guest {
-    /// Delivers a frame. False if the guest has no room: [`Link::room`] tells when it has. One that it does not want, or that it
-    /// cannot take, is delivered to nobody.
-    pub fn deliver(&self, header: &Header, frame: &[u8]) -> bool {
-        self.0.upgrade().is_none_or(|shared| shared.deliver(*header, frame))
-    }
-
-    /// Tells the guest that the cable is there, or not.
-    pub fn set_up(&self, up: bool) {
-        if let Some(shared) = self.0.upgrade() {
-            lock(&shared.state).up = up;
-            shared.wires.get().into_iter().for_each(Wires::config_changed);
-        }
-    }
-}
-
-impl fmt::Debug for Guest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Guest")
-    }
-}
 
 /// What a device is to be.
 #[derive(Clone, Copy, Debug)]
@@ -139,7 +93,12 @@ impl State {
     }
 }
 
-impl Shared {
+impl Receiver for Shared {
+    fn set_up(&self, up: bool) {
+        lock(&self.state).up = up;
+        self.wires.get().into_iter().for_each(Wires::config_changed);
+    }
+
     fn deliver(&self, header: Header, frame: &[u8]) -> bool {
         let mut state = lock(&self.state);
         let to = frame.first_chunk::<6>().copied().unwrap_or_default();
@@ -183,7 +142,8 @@ impl Net {
             waiting: (0..pairs).map(|_| Waiting::default()).collect(),
         };
         let shared = Arc::new(Shared { wires: OnceLock::new(), state: Mutex::new(state) });
-        link.connect(Guest(Arc::downgrade(&shared)));
+        let receiver: Weak<dyn Receiver> = Arc::<Shared>::downgrade(&shared);
+        link.connect(Guest::new(receiver));
         let frames = queues.iter().map(|_| Mutex::default()).collect();
         Self { options, queues, link, shared, frames }
     }

@@ -1,4 +1,4 @@
-//! What is said of a frame before it (5.1.6): work that the receiver may leave to others, or has to do.
+//! What is said of a frame before it (virtio 1.2, 5.1.6): work that the receiver may leave to others, or has to do.
 
 use virtio_bindings::virtio_net as b;
 
@@ -89,15 +89,24 @@ impl Header {
         if at + 2 > frame.len() {
             return;
         }
-        let word = |pair: &[u8]| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0));
-        let mut sum: u64 = frame[start..].chunks(2).map(word).sum();
-        while sum > 0xffff {
-            sum = (sum & 0xffff) + (sum >> 16);
-        }
-        // UDP's "none" is 0, and these are the same number.
-        let sum = if sum == 0xffff { 0xffff } else { !sum as u16 };
-        frame[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+        let checksum = checksum(sum(&frame[start..]));
+        frame[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
     }
+}
+
+/// The one's complement sum of words in network order (RFC 1071).
+pub fn sum(bytes: &[u8]) -> u16 {
+    let word = |pair: &[u8]| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0));
+    let mut sum: u64 = bytes.chunks(2).map(word).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// The checksum for such a sum. UDP's "none" is 0, and these are the same number.
+pub fn checksum(sum: u16) -> u16 {
+    if sum == 0xffff { sum } else { !sum }
 }
 
 /// The queue that a frame's stream goes to, of so many: all of a TCP or UDP stream over IPv4 or IPv6 goes to the same one, whichever its
