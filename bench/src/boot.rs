@@ -1,10 +1,8 @@
 //! How long a guest takes to start.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 
-use crate::monitor::{self, Programs, QEMU, Running, Setup, median};
+use crate::monitor::{self, Own, Programs, QEMU, Running, Setup, median};
 
 /// `lodge-bench boot`.
 #[derive(Debug, clap::Args)]
@@ -18,15 +16,8 @@ pub struct Args {
     /// The guest's architecture, by Debian's name: amd64 or i386
     #[arg(long, default_value = "amd64")]
     arch: String,
-    /// The kernel to boot, instead of the default guest's
-    #[arg(long, requires = "initrd", value_name = "FILE")]
-    kernel: Option<PathBuf>,
-    /// Its initial RAM disk
-    #[arg(long, requires = "kernel", value_name = "FILE")]
-    initrd: Option<PathBuf>,
-    /// Its command line
-    #[arg(long, default_value = "console=ttyS0")]
-    cmdline: String,
+    #[command(flatten)]
+    own: Own,
     #[command(flatten)]
     programs: Programs,
 }
@@ -73,11 +64,7 @@ pub fn run(args: &Args) -> Result<()> {
 /// The machine to start, and what it is.
 fn setup(args: &Args) -> Result<(Setup, String)> {
     let programs = args.programs.clone();
-    if let (Some(kernel), Some(initrd)) = (args.kernel.clone(), args.initrd.clone()) {
-        let description = kernel.display().to_string();
-        return Ok((Setup { programs, kernel, initrd, cmdline: args.cmdline.clone() }, description));
-    }
-    let guest = programs.guest(&args.arch)?;
+    let guest = args.own.guest(&programs, &args.arch)?;
     let setup = Setup { programs, kernel: guest.kernel, initrd: guest.initrd, cmdline: guest.cmdline };
     Ok((setup, guest.description))
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use images::cpio::Cpio;
 
-use crate::monitor::{self, Programs, QEMU, Running, Setup, median};
+use crate::monitor::{self, Own, Programs, QEMU, Running, Setup, median};
 
 /// What is measured: see `guests/work/src/disk.rs`.
 const PATTERNS: [&str; 8] = [
@@ -57,6 +57,8 @@ pub struct Args {
     #[arg(long, default_value_t = 256)]
     size: u64,
     #[command(flatten)]
+    own: Own,
+    #[command(flatten)]
     programs: Programs,
 }
 
@@ -85,7 +87,7 @@ struct Place {
 pub fn run(args: &Args) -> Result<()> {
     ensure!(!args.engine.is_empty() && args.millis > 0 && args.size > 0, "there is nothing to measure");
     let work = monitor::sibling("../x86_64-unknown-linux-gnu/release/work")?;
-    let guest = args.programs.guest("amd64")?;
+    let guest = args.own.guest(&args.programs, "amd64")?;
     // The kernel unpacks several archives one after the other.
     let mut image = std::fs::read(&guest.initrd)?;
     let program = std::fs::read(&work)

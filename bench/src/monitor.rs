@@ -39,6 +39,34 @@ pub struct Programs {
     suite: Option<String>,
 }
 
+/// A guest of the user's own.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Own {
+    /// The kernel to boot, instead of the default guest's
+    #[arg(long, requires = "initrd", value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Its initial RAM disk
+    #[arg(long, requires = "kernel", value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Its command line
+    #[arg(long, default_value = "console=ttyS0")]
+    cmdline: String,
+}
+
+impl Own {
+    /// It, or the guest that `lodge run` starts, of an architecture by Debian's name.
+    ///
+    /// # Errors
+    /// That cannot be fetched.
+    pub fn guest(&self, programs: &Programs, arch: &str) -> Result<images::Guest> {
+        let (Some(kernel), Some(initrd)) = (self.kernel.clone(), self.initrd.clone()) else {
+            return programs.guest(arch);
+        };
+        let (cmdline, description) = (self.cmdline.clone(), kernel.display().to_string());
+        Ok(images::Guest { kernel, initrd, cmdline, release: String::new(), description, cached: true })
+    }
+}
+
 impl Programs {
     /// The `lodge` to measure.
     ///

@@ -74,8 +74,10 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
     let mut command = sh::cargo(&["run", "--quiet", "--release", "-p", "lodge-bench", "--"]);
     sh::run(command.args(args))?;
     // Whoever names engines has said what is to be measured.
-    if args.first().is_some_and(|a| a == "boot") && !args.iter().any(|a| a.starts_with("--engine")) {
-        nested::bench_boot(&args[1..])?;
+    let named = args.iter().any(|a| a.starts_with("--engine"));
+    match args.first().map(String::as_str) {
+        Some("boot") if !named => nested::bench_boot(&args[1..]),
+        Some("disk") if !named => nested::bench_disk(&args[1..]),
+        _ => Ok(()),
     }
-    Ok(())
 }

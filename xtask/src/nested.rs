@@ -1,11 +1,12 @@
 //! `cargo xtask nested`: what the KVM engine must be able to do, on a KVM that works; and how fast it does it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use images::{Options, Silent};
+use images::{Firmware, Options, Silent};
+use lodge_tests::bootable;
 
 use crate::bed::{Bed, Job, Outcome};
 use crate::{guests, sh};
@@ -59,7 +60,9 @@ pub fn run(args: &Args) -> Result<()> {
     let suites = || guests::SUITES.iter().filter(|name| !name.starts_with("multiboot"));
     jobs.extend(suites().map(|name| suite(name)));
     jobs.extend([1, 2].map(linux));
+    let firmware = "/lodge run /grub.img --engine kvm --memory 256M --stats --timeout 220";
     jobs.extend([
+        Job::new("SeaBIOS and GRUB, and again after a reset", firmware, 240).expecting("kept over the reset"),
         Job::new("devices, from both sides and over a reset", "/devices.sh", 170)
             .expecting("after the reset, on /dev/hvc0, packed: 1")
             .expecting("exec in lodge")
@@ -83,6 +86,9 @@ pub fn run(args: &Args) -> Result<()> {
         .text("guest.sh", include_str!("nested/guest.sh"))
         .text("sata.sh", include_str!("nested/sata.sh"))
         .text("debian.sh", include_str!("nested/debian.sh"));
+    if jobs.iter().any(|job| job.command.contains("/grub.img")) {
+        seabios(&mut bed)?;
+    }
     if jobs.iter().any(|job| job.command == "/sata.sh") {
         let options = Options { arch: "i386".into(), ..Options::default() };
         let guest = images::default_guest(&options, &mut Silent)?;
@@ -140,6 +146,26 @@ fn linux(cpus: u32) -> Job {
     .expecting("the command ended with status 0")
 }
 
+/// A disk that GRUB starts from, with a guest that resets once.
+fn seabios(bed: &mut Bed) -> Result<()> {
+    let scratch = lodge_tests::Scratch::new("bed");
+    // Sector 1000 is in nobody's way: between GRUB and the partition.
+    let script = "if dd if=/dev/vda skip=1000 count=1 2>/dev/null | grep -q before; then echo kept over the reset; exit; fi\n\
+                  echo before | dd of=/dev/vda seek=1000 conv=fsync 2>/dev/null\nreboot -f\n";
+    let disk = bootable::disk(&scratch, bootable::Kind::Bios, script, &[]).context("there is no guest")?;
+    bed.file("grub.img", &disk)?;
+    seabios_files(bed)
+}
+
+fn seabios_files(bed: &mut Bed) -> Result<()> {
+    let files = images::firmware(&Options::default(), Firmware::Bios, &mut Silent)?;
+    bed.file("usr/share/seabios/bios-256k.bin", &files.code)?;
+    if let Some(vga) = files.vga {
+        bed.file("usr/share/seabios/vgabios-stdvga.bin", &vga)?;
+    }
+    Ok(())
+}
+
 /// A VM with Debian, which the command makes; its base is the bed's disk.
 fn debian(bed: &mut Bed) -> Result<()> {
     let data = sh::target_dir().join("bed");
@@ -154,9 +180,7 @@ fn debian(bed: &mut Bed) -> Result<()> {
     for name in ["vm.json", "vmlinuz", "initrd.img", "disk.qcow2", "seed.img"] {
         bed.file(&format!("bed/{name}"), &vm.join(name))?;
     }
-    for path in ["/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/vgabios-stdvga.bin"] {
-        bed.file(path.trim_start_matches('/'), Path::new(path))?;
-    }
+    seabios_files(bed)?;
     bed.drive(&vm.join("base.qcow2"));
     Ok(())
 }
@@ -235,6 +259,19 @@ pub fn bench_boot(args: &[String]) -> Result<()> {
         args.join(" ")
     );
     bench(&bed, "bench boot", command)
+}
+
+/// `cargo xtask bench disk`, its second half, likewise. The images are in memory.
+pub fn bench_disk(args: &[String]) -> Result<()> {
+    let (mut bed, guest) = bench_bed()?;
+    // Where it is beside the program on the host, too.
+    bed.file("x86_64-unknown-linux-gnu/release/work", &guests::build_work()?)?;
+    let command = format!(
+        "/lodge-bench disk --engine qemu-kvm,kvm --size 64 --kernel /vmlinuz --initrd /initrd --cmdline '{}' {}",
+        guest.cmdline,
+        args.join(" ")
+    );
+    bench(&bed, "bench disk", command)
 }
 
 #[cfg(test)]
