@@ -53,6 +53,27 @@ fn what_a_guest_writes_is_in_the_image() {
     }
 }
 
+#[test]
+fn disks_work_on_the_reference_engine() {
+    if !available(None) {
+        return;
+    }
+    let scratch = Scratch::new("disk-interpret");
+    let raw = scratch.path().join("disk.img");
+    std::fs::File::create(&raw).unwrap().set_len(SIZE).unwrap();
+    let mut command = Command::new(lodge());
+    command
+        .args(["run", "tiny", "--engine", "interpret", "--disk"])
+        .arg(format!("{},serial=abc", raw.display()));
+    let input = "cat /sys/block/vda/serial; echo; echo lodge | dd of=/dev/vda seek=8 conv=fsync 2>/dev/null\n\
+                 dd if=/dev/vda of=/dev/vda bs=64k count=64 seek=64 conv=fsync 2>/dev/null\n";
+    let done = start_with(&mut command, input).wait(PATIENCE).expect(0);
+    assert!(done.out.lines().any(|line| line == "abc"), "{}", done.out);
+    for at in [8, 8 + 64 * 128] {
+        assert_eq!(sector(&raw, at), b"lodge\n", "{}", done.out);
+    }
+}
+
 /// Debian's general kernels, for the cloud kernels have no driver for SATA: 6.1 for i386, and 6.12.
 fn general_kernels() -> impl Iterator<Item = images::Guest> {
     let amd64 = Options {
