@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> Result<()> {
     let firmware = "/lodge run /grub.img --engine kvm --memory 256M --stats --timeout 220";
     jobs.extend([
         Job::new("SeaBIOS and GRUB, and again after a reset", firmware, 240).expecting("kept over the reset"),
-        Job::new("devices, from both sides and over a reset", "/devices.sh", 170)
+        Job::new("devices, from both sides and over a reset", "/devices.sh", 240)
             .expecting("after the reset, on /dev/hvc0, packed: 1")
             .expecting("exec in lodge")
             .expecting("the disks are as the guest left them"),
