@@ -99,29 +99,12 @@ fn network_cards_come_and_go_and_carry_frames() {
     let links = [Arc::new(Answers::default()), Arc::new(Answers::default())];
     let nic = |n: usize, model| Nic { mac: [2, 0, 0, 0, 1, n as u8], model, link: links[n].clone() };
     let nics: Arc<Nics> = Arc::new(vec![nic(0, NicModel::Virtio)].into());
-    let config = Config {
-        name: "nics".into(),
-        engine: Choice::Translate,
-        model: None,
-        lockstep: false,
-        cpus: 1,
-        memory: 512 << 20,
-        boot: Boot::Kernel {
-            kernel: guest.kernel,
-            initrd: vec![guest.initrd],
-            cmdline: format!("{} panic=-1", guest.cmdline),
-        },
-        disks: Arc::default(),
-        nics: nics.clone(),
-        cdroms: Vec::new(),
-        shares: Vec::new(),
-        sockets: Arc::default(),
-        balloon: Arc::default(),
-        display: vm::Display::None,
-        screen: vm::Screen::new(),
-        debug_exit: false,
-        trace: None,
+    let boot = Boot::Kernel {
+        kernel: guest.kernel,
+        initrd: vec![guest.initrd],
+        cmdline: format!("{} panic=-1", guest.cmdline),
     };
+    let config = Config { nics: nics.clone(), ..Config::new("nics", Choice::Translate, 512 << 20, boot) };
     let (sender, output) = mpsc::channel();
     let console = Arc::new(Console::new(Box::new(Sender(sender))));
     let mut vm = Vm::new(&config, &console).unwrap();

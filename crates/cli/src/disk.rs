@@ -5,15 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use comfy_table::Table;
-use comfy_table::presets::UTF8_BORDERS_ONLY;
 use disks::{Cache, Format, Options};
 use indicatif::HumanBytes;
 use vm::DiskBus;
 use vm::control::{DiskState, DiskStatus, NewDisk, Request};
 
 use crate::args::DiskCommand as Command;
-use crate::host::print;
+use crate::host::{print, table};
 use crate::running::connect;
 
 /// How long a guest has to give up a disk.
@@ -158,9 +156,7 @@ fn list(disks: &[DiskStatus]) -> anyhow::Result<()> {
     if disks.is_empty() {
         return print("The virtual machine has no disks; `lodge disk attach` gives it one.");
     }
-    let mut table = Table::new();
-    table.load_style(UTF8_BORDERS_ONLY);
-    table.set_header(["serial", "bus", "size", "format", "state", "path"]);
+    let mut table = table(&["serial", "bus", "size", "format", "state", "path"]);
     for disk in disks {
         // As the command line names it.
         let bus = serde_json::to_value(disk.bus)?;

@@ -13,9 +13,8 @@ pub fn host(args: &args::Host) -> anyhow::Result<()> {
     if args.json {
         return print(&serde_json::to_string_pretty(&engines)?);
     }
-    let mut table = Table::new();
-    table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(["engine", "usable", "why", "what to do"]);
+    let mut table = table(&["engine", "usable", "why", "what to do"]);
+    table.set_content_arrangement(ContentArrangement::Dynamic);
     for engine in &engines {
         let usable = match (engine.usable, engine.chosen) {
             (true, true) => "yes, the default",
@@ -25,6 +24,13 @@ pub fn host(args: &args::Host) -> anyhow::Result<()> {
         table.add_row([engine.name, usable, &engine.reason, engine.remedy.as_deref().unwrap_or("")]);
     }
     print(&table.to_string())
+}
+
+/// An empty table, as all of ours look.
+pub fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_BORDERS_ONLY).set_header(header.iter().copied());
+    table
 }
 
 /// Prints a text. A reader that has seen enough (`| head`) is no error.

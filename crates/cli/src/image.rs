@@ -1,6 +1,5 @@
 //! `lodge image`: the whole systems in the cache, and the catalogue of those that can be fetched.
 
-use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{ContentArrangement, Table};
 use images::oci::{self, Reference};
 use images::{Catalogue, Check, Entry, Options};
@@ -9,7 +8,7 @@ use systems::pulled::{self, Pulled};
 
 use crate::args::{Image, Pull};
 use crate::config::Config;
-use crate::host::print;
+use crate::host::{self, print};
 use crate::progress::Bars;
 use crate::report::{Help, Usage};
 
@@ -124,10 +123,10 @@ pub fn find_or_pull(name: &str, options: &Options) -> anyhow::Result<Pulled> {
     Ok(pulled::pull(full, entry, &check_of(entry), options, &mut Bars::default())?)
 }
 
+/// As wide as the terminal is, for titles are long.
 fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(header.iter().copied());
+    let mut table = host::table(header);
+    table.set_content_arrangement(ContentArrangement::Dynamic);
     table
 }
 

@@ -8,14 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use comfy_table::Table;
-use comfy_table::presets::UTF8_BORDERS_ONLY;
 use indicatif::HumanBytes;
 use vm::control::{Client, Request, Server, Status, Taken};
 
 use crate::args::{Ls, Memory, Run, Stop};
 use crate::console::{self, Ask, Raw};
-use crate::host::print;
+use crate::host::{print, table};
 use crate::report::{Help, Usage};
 
 /// Where the sockets of running VMs are.
@@ -92,9 +90,7 @@ pub fn ls(args: &Ls) -> anyhow::Result<()> {
     if all.is_empty() {
         return print("No virtual machine is running; `lodge run` starts one.");
     }
-    let mut table = Table::new();
-    table.load_style(UTF8_BORDERS_ONLY);
-    table.set_header(["name", "engine", "cpus", "memory", "up for", "process"]);
+    let mut table = table(&["name", "engine", "cpus", "memory", "up for", "process"]);
     for Status { name, engine, cpus, memory, pid, seconds } in all {
         let memory = HumanBytes(memory).to_string();
         table.add_row([name, engine, cpus.to_string(), memory, up(seconds), pid.to_string()]);
@@ -175,9 +171,7 @@ pub fn memory(args: &Memory) -> anyhow::Result<()> {
         return print(&serde_json::to_string_pretty(&memory)?);
     }
     let told = |bytes: Option<u64>| bytes.map_or("unknown".into(), |bytes| HumanBytes(bytes).to_string());
-    let mut table = Table::new();
-    table.load_style(UTF8_BORDERS_ONLY);
-    table.set_header(["started with", "is to have", "has", "free", "available", "host memory"]);
+    let mut table = table(&["started with", "is to have", "has", "free", "available", "host memory"]);
     let [size, target, has, held] =
         [memory.size, memory.target, memory.has, memory.held].map(|bytes| told(Some(bytes)));
     table.add_row([size, target, has, told(memory.free), told(memory.available), held]);

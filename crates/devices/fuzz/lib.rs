@@ -79,7 +79,7 @@ pub fn disk() -> Arc<Disk> {
         let file = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).expect("a memfd"));
         file.set_len(DISK).expect("room in the memfd");
         let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let options = Options { format: Some(Format::Raw), read_only: false, ..Default::default() };
+        let options = Options { format: Some(Format::Raw), ..Default::default() };
         let disk = Disk::open(&path, &options).expect("a disk");
         (file, Arc::new(disk))
     };

@@ -177,7 +177,7 @@ fn host(file: File, direct: bool) -> io::Result<imago::file::File> {
 
 fn open_vmdk(image: Image, chain: &mut Chain) -> Result<Layer, Error> {
     let failed = |error| Error::io("open", &image.path, error);
-    if raw::head(&image.file).map_err(failed)?.starts_with(vmdk::MAGIC) {
+    if vmdk::is_sparse(&image.file).map_err(failed)? {
         let host = host(image.file.try_clone().map_err(failed)?, chain.direct).map_err(failed)?;
         let sparse = Sparse::open(&image, &host)?;
         return open_raw(ImageFile::new(host, Shown::Sparse(sparse)), false, &image.path);

@@ -30,7 +30,7 @@ pub fn create(path: &Path, format: Format, size: u64, backing: Option<&Path>) ->
     }
     // Held until the overlay exists, so that nobody writes to the base meanwhile.
     let base = backing
-        .map(|base| Disk::open(base, &Options { format: None, read_only: true, ..Default::default() }))
+        .map(|base| Disk::open(base, &Options { read_only: true, ..Default::default() }))
         .transpose()?;
     let size = match &base {
         Some(base) if size == 0 => base.size().next_multiple_of(512),

@@ -19,7 +19,7 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt, StorageOpenOptions};
 
-use crate::qcow2::{Mask, Place};
+use crate::qcow2::{self, Mask, Place};
 use crate::vmdk::Sparse;
 
 /// The bits of a table's entry that are an offset.
@@ -62,8 +62,8 @@ impl File {
         let mut bytes = vec![0; entries.len() as usize];
         entries.copy_into_slice(&mut bytes);
         let first = l1.start.saturating_sub(offset).min(bytes.len() as u64) as usize;
-        for entry in bytes[first..].chunks_exact(8).take(((l1.end - l1.start) / 8) as usize) {
-            let table = u64::from_be_bytes(entry.try_into().unwrap_or_default()) & OFFSET;
+        for entry in qcow2::entries(&bytes[first..]).take(((l1.end - l1.start) / 8) as usize) {
+            let table = entry & OFFSET;
             if table != 0 {
                 self.count(table)?;
             }

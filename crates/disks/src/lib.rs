@@ -234,7 +234,7 @@ impl Disk {
         let other = match image.format {
             Format::Raw => None,
             Format::Qcow2 => qcow2::check(&image)?.backing.map(|backing| backing.name),
-            Format::Vmdk if raw::head(&image.file).is_ok_and(|head| head.starts_with(vmdk::MAGIC)) => None,
+            Format::Vmdk if vmdk::is_sparse(&image.file).unwrap_or(false) => None,
             Format::Vmdk => Some("other files, as VMDK images do that have a descriptor of their own".into()),
         };
         match other {

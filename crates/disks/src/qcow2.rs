@@ -97,6 +97,11 @@ pub fn check(image: &Image) -> Result<Header, Error> {
     parse(&first, image.len, &image.path)
 }
 
+/// The entries of a table.
+pub fn entries(table: &[u8]) -> impl Iterator<Item = u64> {
+    table.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
+}
+
 /// Where the count of a cluster is: one of `1 << width_log2` bits.
 pub struct Place {
     /// The number of its block in the table of these blocks.
@@ -147,8 +152,7 @@ pub fn check_counts(image: &Image, header: &Header) -> Result<(), Error> {
         || Error::damaged(&image.path, "its tables are not counted as used; try qemu-img check -r all");
     let mut bytes = vec![0; (table.end - table.start) as usize];
     image.file.read_exact_at(&mut bytes, table.start).map_err(failed)?;
-    let blocks: Vec<u64> =
-        bytes.chunks_exact(8).map(|e| u64::from_be_bytes(e.try_into().unwrap_or_default())).collect();
+    let blocks: Vec<u64> = entries(&bytes).collect();
     let check = |cluster: u64| {
         let place = Place::of(cluster, *cluster_bits, *width_log2);
         let block = blocks.get(place.block as usize).copied().unwrap_or(0);

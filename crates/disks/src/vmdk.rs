@@ -5,14 +5,15 @@
 //!
 //! Source: VMware's Virtual Disk Format 5.0, "Hosted Sparse Extents" and "Stream-Optimized Compressed Sparse Extents".
 
+use std::fs::File;
 use std::io::{self, Read};
 
 use flate2::read::ZlibDecoder;
 use imago::file::File as HostFile;
 use imago::{Storage, StorageExt};
 
-use crate::Error;
 use crate::chain::Image;
+use crate::{Error, raw};
 
 pub const MAGIC: &[u8] = b"KDMV";
 const SECTOR: u64 = 512;
@@ -25,6 +26,11 @@ const ZEROES: u64 = 1;
 /// What we believe a header: a directory of 64 MiB (of 8 TiB of disk, with grains of 64 KiB), a descriptor of 64 KiB.
 const MAX_TABLES: u64 = 16 << 20;
 const MAX_DESCRIPTOR: u64 = 64 << 10;
+
+/// Whether a VMDK is such a file; else it is a descriptor of others.
+pub fn is_sparse(file: &File) -> io::Result<bool> {
+    Ok(raw::head(file)?.starts_with(MAGIC))
+}
 
 /// Where everything is in such a file.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use imago::qcow2::Qcow2;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 
 use crate::file::{File, OFFSET};
-use crate::qcow2::Header;
+use crate::qcow2::{self, Header};
 
 /// The bit of an entry that says that its cluster is compressed.
 const COMPRESSED: u64 = 1 << 62;
@@ -41,8 +41,8 @@ impl Zstd {
     pub fn new(image: Qcow2<File>, file: File, header: &Header) -> io::Result<Zstd> {
         let mut bytes = vec![0; (header.l1.end - header.l1.start) as usize];
         file.read(&mut bytes[..], header.l1.start)?;
-        let l1 = bytes.chunks_exact(8).map(|e| u64::from_be_bytes(e.try_into().unwrap_or_default()) & OFFSET);
-        Ok(Zstd { image, file, l1: l1.collect(), cluster_bits: header.cluster_bits(), size: header.size })
+        let l1 = qcow2::entries(&bytes).map(|entry| entry & OFFSET).collect();
+        Ok(Zstd { image, file, l1, cluster_bits: header.cluster_bits(), size: header.size })
     }
 
     fn cluster(&self) -> u64 {

@@ -256,9 +256,7 @@ fn of_a_disk_that_is_smaller_than_a_cluster_only_what_is_asked_becomes_zero() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tiny.qcow2");
     disks::create(&path, Format::Qcow2, 8192, None).unwrap();
-    let disk =
-        Disk::open(&path, &Options { format: Some(Format::Qcow2), read_only: false, ..Default::default() })
-            .unwrap();
+    let disk = Disk::open(&path, &Options { format: Some(Format::Qcow2), ..Default::default() }).unwrap();
     disk.write(0, &[7; 8192]).unwrap();
     disk.write_zeroes(512, 512, false).unwrap();
     disk.discard(2048, 512).unwrap();

@@ -91,8 +91,7 @@ impl Cache {
 
     /// The sound records whose keys begin with `prefix`, by key.
     pub(crate) fn records<T: DeserializeOwned>(&self, prefix: &str) -> Vec<(String, T)> {
-        let names = fs::read_dir(self.dir.join("records")).into_iter().flatten().flatten();
-        let keys = names.filter_map(|entry| {
+        let keys = self.list("records").filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
             Some(name.strip_suffix(".json").filter(|key| key.starts_with(prefix))?.to_owned())
         });
@@ -106,8 +105,7 @@ impl Cache {
         let path = self.record_path(key);
         fs::remove_file(&path).map_err(Error::cache(&path))?;
         let name = format!("\"{}\"", stored.file);
-        let records = fs::read_dir(self.dir.join("records")).into_iter().flatten().flatten();
-        let mut texts = records.filter_map(|entry| fs::read_to_string(entry.path()).ok());
+        let mut texts = self.list("records").filter_map(|entry| fs::read_to_string(entry.path()).ok());
         if !stored.file.contains('/') && !texts.any(|text| text.contains(&name)) {
             let path = self.dir.join("files").join(&stored.file);
             fs::remove_file(&path).map_err(Error::cache(&path))?;
@@ -182,6 +180,11 @@ impl Cache {
         self.dir.join("records").join(format!("{key}.json"))
     }
 
+    /// What is in a directory of the cache.
+    fn list(&self, dir: &str) -> impl Iterator<Item = fs::DirEntry> + use<> {
+        fs::read_dir(self.dir.join(dir)).into_iter().flatten().flatten()
+    }
+
     /// Puts a whole file in place, or nothing.
     fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let parent = path.parent().unwrap_or(&self.dir);
@@ -198,13 +201,12 @@ impl Cache {
     /// Removes what is old and of no use: files in no record, of earlier versions or of processes that were killed, and
     /// records of what was made from a file that no package has any more. What cannot be removed stays.
     fn sweep(&self, _lock: &Lock) {
-        let list = |dir: &str| fs::read_dir(self.dir.join(dir)).into_iter().flatten().flatten();
         let old = |entry: &fs::DirEntry| {
             let modified = entry.metadata().and_then(|data| data.modified());
             modified.is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age > KEEP_UNUSED))
         };
         let mut records: Vec<(fs::DirEntry, String)> = Vec::new();
-        for entry in list("records") {
+        for entry in self.list("records") {
             match fs::read_to_string(entry.path()) {
                 Ok(text) if !entry.file_name().to_string_lossy().starts_with('.') => {
                     records.push((entry, text))
@@ -220,7 +222,7 @@ impl Cache {
             let orphan = origin(text).is_some_and(|from| !packages.iter().any(|text| text.contains(&from)));
             !(orphan && old(entry) && fs::remove_file(entry.path()).is_ok())
         });
-        for entry in ["partial", "files"].into_iter().flat_map(list) {
+        for entry in ["partial", "files"].into_iter().flat_map(|dir| self.list(dir)) {
             let name = format!("\"{}\"", entry.file_name().to_string_lossy());
             if old(&entry) && !records.iter().any(|(_, text)| text.contains(&name)) {
                 let _ = fs::remove_file(entry.path());

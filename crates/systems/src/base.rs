@@ -159,10 +159,7 @@ pub fn remove(name: &str, progress: &mut dyn Progress) -> Result<bool, Error> {
     let _lock = cache.lock(progress)?;
     let dir = cache.systems().join(name);
     // Whoever has it open for writing or reading holds a lock on it.
-    drop(disks::Disk::open(
-        &dir.join(build::DISK),
-        &disks::Options { format: None, read_only: false, ..Default::default() },
-    )?);
+    drop(disks::Disk::open(&dir.join(build::DISK), &disks::Options::default())?);
     fs::remove_dir_all(&dir).map_err(Error::file(&dir))?;
     Ok(true)
 }

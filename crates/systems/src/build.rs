@@ -67,10 +67,7 @@ pub fn build(
 
     let disk = dir.join(DISK);
     disks::create(&disk, Format::Qcow2, SIZE, None)?;
-    let target = Arc::new(Disk::open(
-        &disk,
-        &Options { format: Some(Format::Qcow2), read_only: false, ..Default::default() },
-    )?);
+    let target = Arc::new(Disk::open(&disk, &Options { format: Some(Format::Qcow2), ..Default::default() })?);
     layout::write(&target, &disk)?;
     let source =
         Disk::open(&tree, &Options { format: Some(Format::Raw), read_only: true, ..Default::default() })?;
@@ -79,31 +76,18 @@ pub fn build(
         serial: serial.into(),
         bus: vm::DiskBus::Virtio,
     };
+    let boot = Boot::Kernel {
+        kernel: kernel.clone(),
+        initrd: vec![builder.clone()],
+        cmdline: format!(
+            "console=ttyS0 quiet cryptomgr.notests panic=-1 mitigations=off lodge.root={}",
+            layout::ROOT
+        ),
+    };
     let config = Config {
-        name: "builder".into(),
-        engine,
-        model: None,
-        lockstep: false,
         cpus: 2,
-        memory: MEMORY,
-        boot: Boot::Kernel {
-            kernel: kernel.clone(),
-            initrd: vec![builder.clone()],
-            cmdline: format!(
-                "console=ttyS0 quiet cryptomgr.notests panic=-1 mitigations=off lodge.root={}",
-                layout::ROOT
-            ),
-        },
         disks: Arc::new(vec![disk_of(&target, "target"), disk_of(&Arc::new(source), "tree")].into()),
-        nics: Arc::default(),
-        cdroms: Vec::new(),
-        shares: Vec::new(),
-        sockets: Arc::default(),
-        balloon: Arc::default(),
-        display: vm::Display::None,
-        screen: vm::Screen::new(),
-        debug_exit: false,
-        trace: None,
+        ..Config::new("builder", engine, MEMORY, boot)
     };
     run(&config, progress)?;
     target.flush()?;

@@ -79,9 +79,7 @@ mod tests {
         let path = dir.path().join("disk.img");
         let size = 128 * MIB;
         disks::create(&path, Format::Raw, size, None).unwrap();
-        let disk =
-            Disk::open(&path, &Options { format: Some(Format::Raw), read_only: false, ..Default::default() })
-                .unwrap();
+        let disk = Disk::open(&path, &Options { format: Some(Format::Raw), ..Default::default() }).unwrap();
         write(&disk, &path).unwrap();
         drop(disk);
         // Both tables have to be sound.

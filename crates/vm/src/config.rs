@@ -170,3 +170,28 @@ pub struct Config {
     /// Where the translate engine writes down what it makes of guest code.
     pub trace: Option<PathBuf>,
 }
+
+impl Config {
+    /// A VM with one processor, `memory` bytes of RAM and a serial console, and nothing else.
+    pub fn new(name: &str, engine: Choice, memory: u64, boot: Boot) -> Self {
+        Self {
+            name: name.into(),
+            engine,
+            model: None,
+            lockstep: false,
+            cpus: 1,
+            memory,
+            boot,
+            disks: Arc::default(),
+            nics: Arc::default(),
+            cdroms: Vec::new(),
+            shares: Vec::new(),
+            sockets: Arc::default(),
+            balloon: Arc::default(),
+            display: Display::None,
+            screen: screens::Screen::new(),
+            debug_exit: false,
+            trace: None,
+        }
+    }
+}

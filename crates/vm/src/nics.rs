@@ -89,7 +89,7 @@ impl Nics {
         let state = self.state();
         let found = state.nics.iter().find(|(nic, _)| nic.mac == mac);
         let (_, at) = found.ok_or_else(|| Refusal::Unknown(format!("{mac:x?}")))?;
-        let hotplug = state.machine.as_ref().and_then(Slots::now).map(|(hotplug, ..)| hotplug);
+        let hotplug = state.machine.as_ref().and_then(Slots::hotplug);
         let place = hotplug.zip(*at);
         drop(state);
         if let Some((hotplug, at)) = place {

@@ -276,7 +276,7 @@ impl Disks {
         if found.is_empty() {
             found = all().filter(|(_, a)| has_path(&a.disk)).map(|(n, _)| n).collect();
         }
-        let hotplug = state.machine.as_ref().and_then(Slots::now).map(|(hotplug, ..)| hotplug);
+        let hotplug = state.machine.as_ref().and_then(Slots::hotplug);
         let attached = match found[..] {
             [one] => &mut state.disks[one],
             [] => return Err(Refusal::Unknown(which.into())),
@@ -320,7 +320,7 @@ impl Disks {
     /// What there is.
     pub fn list(&self) -> Vec<DiskStatus> {
         let state = self.state();
-        let hotplug = state.machine.as_ref().and_then(Slots::now).map(|(hotplug, ..)| hotplug);
+        let hotplug = state.machine.as_ref().and_then(Slots::hotplug);
         let how = |attached: &Attached| match (&hotplug, attached.at) {
             _ if attached.leaving => DiskState::Leaving,
             (Some(hotplug), Some(at)) if hotplug.is_ejected(at) => DiskState::Ejected,
@@ -347,6 +347,10 @@ impl Disks {
 impl Slots {
     pub(crate) fn new(hotplug: &Arc<HotPlug>, machine: &Arc<Machine>, cpus: u32) -> Self {
         Self { hotplug: Arc::downgrade(hotplug), machine: Arc::downgrade(machine), cpus }
+    }
+
+    pub(crate) fn hotplug(&self) -> Option<Arc<HotPlug>> {
+        self.now().map(|(hotplug, ..)| hotplug)
     }
 
     pub(crate) fn now(&self) -> Option<(Arc<HotPlug>, Arc<Machine>, u32)> {

@@ -53,8 +53,7 @@ impl Driver {
         let file = tempfile::NamedTempFile::new().unwrap();
         let bytes: Vec<u8> = (0..DISK).map(|n| (n / 512) as u8).collect();
         std::fs::write(file.path(), bytes).unwrap();
-        let options =
-            disks::Options { format: Some(disks::Format::Raw), read_only: false, ..Default::default() };
+        let options = disks::Options { format: Some(disks::Format::Raw), ..Default::default() };
         let disk = Arc::new(disks::Disk::open(file.path(), &options).unwrap());
         let memory = Memory::new(MEMORY, 0).unwrap();
         let nvme = Nvme::new(disk, "serial-1", 2, memory.clone()).unwrap();

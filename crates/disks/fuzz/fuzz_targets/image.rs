@@ -20,7 +20,7 @@ fuzz_target!(|data: &[u8]| {
     std::fs::write(&path, data).expect("a temporary file");
     let _ = Disk::open_alone(&path);
     for read_only in [true, false] {
-        let Ok(disk) = Disk::open(&path, &Options { format: None, read_only, ..Default::default() }) else { continue };
+        let Ok(disk) = Disk::open(&path, &Options { read_only, ..Default::default() }) else { continue };
         let size = disk.size();
         let mut block = [0; 4096];
         let len = size.min(4096);

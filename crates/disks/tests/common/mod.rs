@@ -15,11 +15,11 @@ pub fn open(path: &Path) -> Disk {
 }
 
 pub fn read_only() -> Options {
-    Options { format: None, read_only: true, ..Default::default() }
+    Options { read_only: true, ..Default::default() }
 }
 
 pub fn given(format: Format) -> Options {
-    Options { format: Some(format), read_only: false, ..Default::default() }
+    Options { format: Some(format), ..Default::default() }
 }
 
 pub fn contents(disk: &Disk) -> Vec<u8> {

@@ -33,7 +33,7 @@ impl Link for Mirror {
 fn devices(memory: &Memory) -> Vec<Arc<dyn Device>> {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(1 << 20).unwrap();
-    let options = disks::Options { format: Some(disks::Format::Raw), read_only: false, ..Default::default() };
+    let options = disks::Options { format: Some(disks::Format::Raw), ..Default::default() };
     let disk = Arc::new(disks::Disk::open(file.path(), &options).unwrap());
     let ports = ["console", "agent"].map(Port::new);
     let cable = Options { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, pairs: 2 };

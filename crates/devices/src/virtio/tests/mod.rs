@@ -44,8 +44,7 @@ impl Driver {
     fn new() -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 20).unwrap();
-        let options =
-            disks::Options { format: Some(disks::Format::Raw), read_only: false, ..Default::default() };
+        let options = disks::Options { format: Some(disks::Format::Raw), ..Default::default() };
         let disk = Arc::new(disks::Disk::open(file.path(), &options).unwrap());
         let memory = Memory::new(4 << 20, 0).unwrap();
         Self::of(Arc::new(Blk::new(disk, "test", 2)), memory, Some(file))
