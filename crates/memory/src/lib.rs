@@ -1,5 +1,5 @@
 //! Guest memory: one block of host memory that holds all of a guest's RAM and ROM, and the memory of
-//! its devices that it sees as its own ([`Window`]).
+//! its devices that it sees as its own ([`Window`]). Some of its RAM may come and go ([`Pluggable`]).
 //!
 //! Three views of the same bytes:
 //! * by guest-physical address through [`vm_memory`]'s traits ([`Memory::guest`]), for loaders and devices;
@@ -15,14 +15,18 @@
 
 mod alias;
 pub mod code;
+mod guest;
 mod layout;
+mod plugs;
 mod ram;
 mod windows;
 
 pub use alias::Alias;
 pub use code::{CodeMap, order_threads, order_threads_is_exact};
+pub use guest::Guest;
 pub use layout::{HOLE_END, HOLE_START, Kind, Region, layout};
-pub use ram::{Error, Guest, Int, Memory, Slot};
+pub use plugs::{PLUG_ALIGN, Pluggable, block_size, plug_start};
+pub use ram::{Error, Int, Memory, Slot};
 pub use windows::{Keeper, Window};
 
 /// Bytes in a page.

@@ -8,12 +8,13 @@ use std::os::unix::fs::MetadataExt;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::guest::{Guest, Tracker};
+use crate::plugs::{Pluggable, Plugs};
 use crate::windows::{Keeper, Window, Windows};
-use crate::{Alias, CodeMap, Gpa, Kind, PAGE_SIZE, Region, layout};
+use crate::{Alias, CodeMap, Gpa, Kind, PAGE_SIZE, PLUG_ALIGN, Region, layout, plug_start};
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -29,9 +30,6 @@ pub enum Error {
     Layout(String),
 }
 
-/// The guest-physical view: what loaders and devices use, by vm-memory's traits.
-pub type Guest = GuestMemoryMmap<Tracker>;
-
 /// A guest's memory. Clones share the same bytes.
 #[derive(Clone)]
 pub struct Memory(Arc<Inner>);
@@ -42,6 +40,7 @@ struct Inner {
     guest: Guest,
     code: Arc<CodeMap>,
     windows: Windows,
+    plugs: Arc<Plugs>,
 }
 
 impl fmt::Debug for Memory {
@@ -186,6 +185,20 @@ impl Memory {
         rom: u64,
         sizes: [u64; N],
     ) -> Result<(Self, [Window; N]), Error> {
+        Self::with_pluggable(ram, rom, sizes, 0)
+    }
+
+    /// As [`Memory::with_windows`], with so many bytes of [`Pluggable`] memory, a multiple of [`PLUG_ALIGN`], from
+    /// [`plug_start`] on.
+    ///
+    /// # Errors
+    /// As [`Memory::new`].
+    pub fn with_pluggable<const N: usize>(
+        ram: u64,
+        rom: u64,
+        sizes: [u64; N],
+        pluggable: u64,
+    ) -> Result<(Self, [Window; N]), Error> {
         let whole = |size: u64| size.is_multiple_of(PAGE_SIZE) && size < 1 << 46;
         if ram < 1 << 20 || !whole(ram) || !whole(rom) || rom > 16 << 20 {
             return Err(Error::Size(ram));
@@ -193,32 +206,38 @@ impl Memory {
         if let Some(&size) = sizes.iter().find(|&&size| !whole(size) || size > 1 << 30) {
             return Err(Error::Size(size));
         }
+        if !whole(pluggable) || !pluggable.is_multiple_of(PLUG_ALIGN) {
+            return Err(Error::Size(pluggable));
+        }
         let windows = Windows::new(&sizes, ram + rom);
         let len = ram + rom + sizes.iter().sum::<u64>();
-        let memory = Self::with_regions(layout(ram, rom), windows, len).map_err(|error| match error {
-            Error::Host(_, e) => Error::Host(ram >> 20, e),
-            other => other,
-        })?;
+        let plugs = Plugs::new(plug_start(ram), pluggable, len);
+        let memory = Self::with_regions(layout(ram, rom), windows, plugs, len + pluggable).map_err(
+            |error| match error {
+                Error::Host(_, e) => Error::Host(ram >> 20, e),
+                other => other,
+            },
+        )?;
         let windows = std::array::from_fn(|index| Window::new(&memory, index));
         Ok((memory, windows))
     }
 
-    fn with_regions(regions: Vec<Region>, windows: Windows, len: u64) -> Result<Self, Error> {
+    fn with_regions(regions: Vec<Region>, windows: Windows, plugs: Plugs, len: u64) -> Result<Self, Error> {
         let block = Block::new(len).map_err(|e| Error::Host(len >> 20, e))?;
         let code = Arc::new(CodeMap::new(len));
+        let file = Arc::new(block.file.try_clone().map_err(|e| Error::Host(len >> 20, e))?);
         let mut mapped = Vec::new();
-        for region in &regions {
-            let tracker = Tracker { code: code.clone(), base: region.offset };
-            // SAFETY: regions lie inside the block by construction in `layout`.
+        for region in regions.iter().copied().chain(plugs.all()) {
+            let tracker = Tracker::new(code.clone(), region.offset);
+            // SAFETY: regions lie inside the block by construction in `layout`, those of `plugs` in `with_pluggable`.
             let host = unsafe { block.base.as_ptr().add(region.offset as usize) };
-            let file = block.file.try_clone().map_err(|e| Error::Host(len >> 20, e))?;
             // SAFETY: the pointer is part of a mapping that outlives the region: both are in `Inner`, regions first.
             let map = unsafe {
                 MmapRegionBuilder::new_with_bitmap(region.size as usize, tracker)
                     .with_raw_mmap_pointer(host)
                     .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                     .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                    .with_file_offset(FileOffset::new(file, region.offset))
+                    .with_file_offset(FileOffset::from_arc(file.clone(), region.offset))
                     .build()
             }
             .map_err(|e| Error::Layout(e.to_string()))?;
@@ -226,8 +245,10 @@ impl Memory {
                 Error::Layout(format!("{region:x?} runs off the end of the address space"))
             })?);
         }
-        let guest = Guest::from_regions(mapped).map_err(|e| Error::Layout(e.to_string()))?;
-        Ok(Self(Arc::new(Inner { block, regions, guest, code, windows })))
+        let all = GuestMemoryMmap::from_regions(mapped).map_err(|e| Error::Layout(e.to_string()))?;
+        let plugs = Arc::new(plugs);
+        let guest = Guest::new(all, plugs.clone());
+        Ok(Self(Arc::new(Inner { block, regions, guest, code, windows, plugs })))
     }
 
     /// The guest-physical view, for loaders and devices. Stores through it invalidate cached code as all others do.
@@ -237,6 +258,15 @@ impl Memory {
 
     pub(crate) fn windows(&self) -> &Windows {
         &self.0.windows
+    }
+
+    pub(crate) fn plugs(&self) -> &Plugs {
+        &self.0.plugs
+    }
+
+    /// The RAM that comes and goes, if there is any.
+    pub fn pluggable(&self) -> Option<Pluggable> {
+        Pluggable::new(self)
     }
 
     /// What a vCPU holds that keeps what it finds of the map; `kick` is called by others, to have it look up.
@@ -250,17 +280,17 @@ impl Memory {
         self.windows().listen(self, Box::new(listener));
     }
 
-    /// The regions that stay where they are, sorted by address; windows are none of them.
+    /// The regions that stay where they are, sorted by address: neither windows nor pluggable memory.
     pub fn regions(&self) -> &[Region] {
         &self.0.regions
     }
 
-    /// Bytes of RAM.
+    /// Bytes of RAM, pluggable memory not among them.
     pub fn ram_size(&self) -> u64 {
         self.0.regions.iter().filter(|r| r.kind == Kind::Ram).map(|r| r.offset + r.size).max().unwrap_or(0)
     }
 
-    /// Bytes in the block, RAM, ROM and windows: all offsets are below.
+    /// Bytes in the block, RAM, ROM, windows and pluggable memory: all offsets are below.
     pub fn len(&self) -> u64 {
         self.0.block.len
     }
@@ -289,11 +319,11 @@ impl Memory {
         Ok(alias.get_or_init(|| made))
     }
 
-    /// The region or window that holds `gpa` now.
+    /// The region, window or plugged block that holds `gpa` now.
     #[inline]
     pub fn region(&self, gpa: Gpa) -> Option<Region> {
         let fixed = self.0.regions.iter().find(|r| gpa >= r.gpa && gpa - r.gpa < r.size);
-        fixed.copied().or_else(|| self.windows().find(gpa))
+        fixed.copied().or_else(|| self.plugs().find(gpa)).or_else(|| self.windows().find(gpa))
     }
 
     /// The offset of `gpa` in the block.
@@ -302,12 +332,15 @@ impl Memory {
         self.region(gpa).map(|r| gpa - r.gpa + r.offset)
     }
 
-    /// Every region with its host address, then every window: where the guest sees it, if it does.
+    /// Every region with its host address, then every window and block of pluggable memory: where the guest sees it, if it does.
     pub fn slots(&self) -> impl Iterator<Item = Option<Slot>> + '_ {
         let fixed = self.0.regions.iter().map(|&region| Some(region));
-        // SAFETY: regions lie inside the block by construction in `layout`, windows in `with_windows`.
+        // SAFETY: regions lie inside the block by construction in `layout`, windows and blocks in `with_pluggable`.
         let slot = |region: Region| Slot { region, host: unsafe { self.at(region.offset) } };
-        fixed.chain(self.windows().regions()).map(move |region| region.map(slot))
+        fixed
+            .chain(self.windows().regions())
+            .chain(self.plugs().regions())
+            .map(move |region| region.map(slot))
     }
 
     /// # Safety
@@ -397,7 +430,8 @@ impl Memory {
     pub fn discard(&self, gpa: Gpa, len: u64) {
         let end = gpa.saturating_add(len) & !(PAGE_SIZE - 1);
         let start = gpa.checked_next_multiple_of(PAGE_SIZE).unwrap_or(end);
-        for region in self.0.regions.iter().filter(|region| region.kind == Kind::Ram) {
+        let fixed = self.0.regions.iter().copied().filter(|region| region.kind == Kind::Ram);
+        for region in fixed.chain(self.plugs().regions().flatten()) {
             let (from, to) = (start.max(region.gpa), end.min(region.gpa + region.size));
             if from >= to {
                 continue;
@@ -459,33 +493,6 @@ impl Memory {
             self.write(offset + at, &zeroes[..n as usize]);
             at += n;
         }
-    }
-}
-
-/// Tells the code map of stores that vm-memory makes.
-#[derive(Clone, Debug)]
-pub struct Tracker {
-    code: Arc<CodeMap>,
-    base: u64,
-}
-
-impl WithBitmapSlice<'_> for Tracker {
-    type S = Self;
-}
-
-impl BitmapSlice for Tracker {}
-
-impl Bitmap for Tracker {
-    fn mark_dirty(&self, offset: usize, len: usize) {
-        self.code.stored_range(self.base + offset as u64, len as u64);
-    }
-
-    fn dirty_at(&self, _: usize) -> bool {
-        false
-    }
-
-    fn slice_at(&self, offset: usize) -> Self {
-        Self { code: self.code.clone(), base: self.base + offset as u64 }
     }
 }
 

@@ -90,6 +90,22 @@ impl Windows {
         self.followers.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// Tells of a change; `gone` if what was kept of the map is wrong now.
+    fn tell(&self, followers: &Followers, memory: &Memory, gone: bool) {
+        if gone {
+            self.version.fetch_add(1, Ordering::SeqCst);
+            followers.vcpus.iter().for_each(|seen| (seen.kick)());
+        }
+        followers.listeners.iter().for_each(|listener| listener(memory));
+    }
+
+    /// Changes another part of the map, and tells of it: as [`Windows::tell`].
+    pub(crate) fn change(&self, memory: &Memory, gone: bool, change: impl FnOnce()) {
+        let followers = self.followers();
+        change();
+        self.tell(&followers, memory, gone);
+    }
+
     pub(crate) fn listen(&self, memory: &Memory, listener: Listener) {
         let mut followers = self.followers();
         listener(memory);
@@ -135,11 +151,7 @@ impl Window {
         let at = to.map_or(0, |(gpa, kind)| gpa | if kind == Kind::Ram { RAM } else { ROM });
         let before = piece.at.swap(at, Ordering::SeqCst);
         if before != at {
-            if before != 0 {
-                windows.version.fetch_add(1, Ordering::SeqCst);
-                followers.vcpus.iter().for_each(|seen| (seen.kick)());
-            }
-            followers.listeners.iter().for_each(|listener| listener(&self.memory));
+            windows.tell(&followers, &self.memory, before != 0);
         }
         at != 0
     }
