@@ -80,8 +80,70 @@ fn memory_that_a_guest_frees_is_the_hosts_again() {
     assert_eq!(memory(&["512M"])("target"), 512 * MIB);
     until("the guest has all", &|| memory(&[])("has") == 512 * MIB);
     let more = start_with(&mut command(&["memory", "one", "1G"]), "").wait(PATIENCE).expect(2).err;
-    assert!(more.contains("was started with"), "{more}");
+    assert!(more.contains("was started for"), "{more}");
     keyboard.write_all(b"poweroff -f\n").unwrap();
     let stats = vm.wait(PATIENCE).expect(0).err;
     assert!(stats.contains("host memory held"), "{stats}");
+}
+
+/// virtio-mem: above what it started with the guest plugs memory, and gives it back.
+#[test]
+fn a_guest_grows_and_shrinks() {
+    if !available(None) {
+        return;
+    }
+    let scratch = Scratch::new("mem");
+    let command = |args: &[&str]| {
+        let mut command = Command::new(lodge());
+        command.args(args).env("LODGE_RUNTIME_DIR", scratch.path());
+        command
+    };
+    let memory = |more: &[&str]| {
+        let args = [&["memory", "one", "--json"], more].concat();
+        let told = start_with(&mut command(&args), "").wait(PATIENCE).expect(0).out;
+        let told: serde_json::Value = serde_json::from_str(&told).expect("JSON");
+        move |what: &str| told[what].as_u64().unwrap_or_else(|| panic!("{what}: {told}"))
+    };
+    let until = |what: &str, reached: &mut dyn FnMut() -> bool| {
+        let end = Instant::now() + PATIENCE;
+        while !reached() {
+            assert!(Instant::now() < end, "never: {what}");
+            std::thread::sleep(Duration::from_millis(300));
+        }
+    };
+    let run = ["run", "--engine", "translate", "--name", "one", "--memory", "512M,max=1536M"];
+    let (vm, mut keyboard) = start_typing(&mut command(&run));
+    vm.line("built-in commands", PATIENCE);
+    let mut ask = |text: &str, answer: &str| {
+        keyboard.write_all(text.as_bytes()).unwrap();
+        vm.line(answer, PATIENCE)
+    };
+    // MiB in all, as the guest says.
+    let mut total = || {
+        let command = "echo $(awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo) M''iB\n";
+        let line = ask(command, " MiB");
+        line.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap_or_else(|| panic!("{line}"))
+    };
+    let begun = total();
+    assert!((400..512).contains(&begun), "{begun} MiB");
+    until("the guest has its driver", &mut || {
+        start_with(&mut command(&["memory", "one", "1G"]), "").wait(PATIENCE).code() == 0
+    });
+    until("the guest has more", &mut || memory(&[])("has") == 1024 * MIB);
+    until("the guest knows it", &mut || total() == begun + 512);
+    // What was plugged can be used: more than it began with.
+    ask(
+        "mount -o remount,size=90% /tmp; dd if=/dev/zero of=/tmp/file bs=1M count=600; echo fi''lled\n",
+        "filled",
+    );
+    let full = memory(&[]);
+    assert!(full("held") > 600 * MIB && full("max") == 1536 * MIB, "{} {}", full("held"), full("max"));
+    ask("rm /tmp/file; echo rem''oved\n", "removed");
+    assert_eq!(memory(&["512M"])("target"), 512 * MIB);
+    until("the guest has given it back", &mut || memory(&[])("has") == 512 * MIB);
+    assert!(memory(&[])("held") < 560 * MIB, "the host has it");
+    let more = start_with(&mut command(&["memory", "one", "2G"]), "").wait(PATIENCE).expect(2).err;
+    assert!(more.contains("was started for"), "{more}");
+    keyboard.write_all(b"poweroff -f\n").unwrap();
+    vm.wait(PATIENCE).expect(0);
 }

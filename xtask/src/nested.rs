@@ -67,6 +67,9 @@ pub fn run(args: &Args) -> Result<()> {
             .expecting("after the reset, on /dev/hvc0, packed: 1")
             .expecting("exec in lodge")
             .expecting("the disks are as the guest left them"),
+        Job::new("memory comes and goes, and over a reset", "/memory.sh", 240)
+            .expecting("the guest grew, and again after the reset")
+            .expecting("the host has its memory back"),
         Job::new("SATA, and a 32-bit kernel", "/sata.sh", 120).expecting("the disk has what the CD had"),
     ]);
     if let Some(only) = &args.only {
@@ -84,6 +87,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     bed.text("devices.sh", include_str!("nested/devices.sh"))
         .text("guest.sh", include_str!("nested/guest.sh"))
+        .text("memory.sh", include_str!("nested/memory.sh"))
         .text("sata.sh", include_str!("nested/sata.sh"))
         .text("debian.sh", include_str!("nested/debian.sh"));
     if jobs.iter().any(|job| job.command.contains("/grub.img")) {

@@ -259,7 +259,29 @@ fn acpi_config(cpus: u32) -> acpi::Config {
         pci_window64: window64,
         mcfg: acpi::MCFG,
         hotplug: acpi::HotPlug { port: 0xcc0, gpe: 1, slots: 0x7fff_fffe },
+        pluggable: None,
     }
+}
+
+#[test]
+fn memory_that_may_come_is_told_of() {
+    let (gib, fixed) = (1u64 << 30, vec![0..0xa_0000, 0x10_0000..1 << 30]);
+    let pluggable = Some(acpi::PluggableMemory { fixed, room: 4 * gib..7 * gib });
+    let config = acpi::Config { pluggable, ..acpi_config(257) };
+    let tables = acpi::build(&config);
+    let (_, srat) = tables.iter().find(|(name, _)| *name == "SRAT").unwrap();
+    let (mut entries, mut found) = (&srat[48..], Vec::new());
+    while let [kind, len, ..] = *entries {
+        if kind == 1 {
+            let word = |at: usize| u64::from_le_bytes(entries[at..at + 8].try_into().unwrap());
+            found.push((word(8), word(16), entries[28]));
+        }
+        entries = &entries[usize::from(len)..];
+    }
+    assert_eq!(found, [(0, 0xa_0000, 1), (0x10_0000, gib - 0x10_0000, 1), (4 * gib, 3 * gib, 3)]);
+    let memory = Memory::new(64 << 20, 0).unwrap();
+    let rsdp = tables.place(&memory).unwrap();
+    assert_eq!(check_acpi(&memory, rsdp), ["FACP", "APIC", "HPET", "MCFG", "SRAT"]);
 }
 
 #[test]

@@ -86,7 +86,7 @@ pub enum Command {
     Ssh(Ssh),
     /// Connect standard input and output to a TCP port of one that runs, without a network
     Forward(Forward),
-    /// Show how much memory a guest has, or have it use less
+    /// Show how much memory a guest has, or have it use less or more
     #[command(
         after_help = "Examples:\n  lodge memory web          what it has, and what of it takes memory of the host\n  \
                             lodge memory web 512M     it is to use no more, as far as it can"
@@ -217,7 +217,7 @@ pub struct Stop {
 pub struct Memory {
     /// Its name, as `lodge ls` shows it
     pub name: String,
-    /// What it is to have, such as 512M; at most what it was started with
+    /// What it is to have, such as 512M; at most what it was started with, or for (`--memory SIZE,max=SIZE`)
     #[arg(value_parser = parse_size)]
     pub size: Option<u64>,
     /// Print JSON
@@ -359,9 +359,10 @@ pub struct Run {
     /// opened it
     #[arg(long, value_enum, default_value = "serial")]
     pub console: Terminal,
-    /// Memory, such as 512M or 4G [default: 512M, for whole systems 1G]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub memory: Option<u64>,
+    /// Memory, such as 512M or 4G [default: 512M, for whole systems 1G]; with `max=` what `lodge memory` may make of it while the
+    /// guest runs
+    #[arg(long, value_name = "SIZE[,max=SIZE]", value_parser = parse_memory)]
+    pub memory: Option<MemorySize>,
 
     /// A disk: an image (raw, qcow2, VMDK) or a block device. There may follow: `readonly`; `throwaway` (what is written goes at the end);
     /// `serial=TEXT`; `bus=` (virtio, virtio-packed, nvme, sata); `cache=` (writeback, writethrough, none, directsync, unsafe: as QEMU's);
@@ -448,6 +449,26 @@ pub struct Run {
     pub trace: Option<PathBuf>,
 }
 
+/// What a guest starts with, and may come to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemorySize {
+    /// Bytes at its start.
+    pub size: u64,
+    /// Bytes at most: no less.
+    pub max: u64,
+}
+
+/// A size, and perhaps the most that it may become.
+pub fn parse_memory(text: &str) -> Result<MemorySize, String> {
+    let Some((size, more)) = text.split_once(',') else {
+        return parse_size(text).map(|size| MemorySize { size, max: size });
+    };
+    let max =
+        more.trim().strip_prefix("max=").ok_or("after the size only max= may follow, as in 1G,max=4G")?;
+    let memory = MemorySize { size: parse_size(size)?, max: parse_size(max)? };
+    if memory.max < memory.size { Err("max= is less than the size before it".into()) } else { Ok(memory) }
+}
+
 /// Reads a size: a number with K, M, G or T after it (powers of 1024), or bytes.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let text = text.trim();
@@ -491,6 +512,12 @@ mod tests {
         assert_eq!(parse_size("4096"), Ok(4096));
         for bad in ["", "M", "1X", "-1G", "1.5G", "99999999999T"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+        let (size, max) = (1 << 30, 4 << 30);
+        assert_eq!(parse_memory("1G"), Ok(MemorySize { size, max: size }));
+        assert_eq!(parse_memory("1G,max=4G"), Ok(MemorySize { size, max }));
+        for bad in ["1G,", "1G,4G", "1G,max=", "1G,max=512M", ",max=4G", "1G,max=2G,max=4G"] {
+            assert!(parse_memory(bad).is_err(), "{bad}");
         }
     }
 }

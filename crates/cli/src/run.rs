@@ -13,7 +13,7 @@ use systems::Start;
 use vm::control::{Status, Subject};
 use vm::{Boot, Choice, Config, Console, End, Model, Vm};
 
-use crate::args::{Cpu, Engine, Run, Terminal};
+use crate::args::{Cpu, Engine, MemorySize, Run, Terminal};
 use crate::config;
 use crate::console::{self, Ask, Raw};
 use crate::disk::Disk;
@@ -116,6 +116,7 @@ fn subject(config: &Config, vm: &Vm, console: &Arc<Console>) -> Subject {
         sockets: config.sockets.clone(),
         power: vm.power().clone(),
         balloon: config.balloon.clone(),
+        plugs: config.plugs.clone(),
         screen: config.screen.clone(),
         disks: config.disks.clone(),
     }
@@ -241,12 +242,22 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
     };
     let mut disks: Vec<vm::Disk> = disks.unwrap_or_default();
     let memory = match (args.memory, &file.memory) {
-        (Some(bytes), _) => bytes,
-        (None, Some(text)) => crate::args::parse_size(text)
+        (Some(memory), _) => memory,
+        (None, Some(text)) => crate::args::parse_memory(text)
             .map_err(|e| Usage(format!("the configuration file's memory, \"{text}\", is no size: {e}")))?,
-        (None, None) if whole => 1 << 30,
-        (None, None) => room_for(&boot),
+        (None, None) => {
+            let size = if whole { 1 << 30 } else { room_for(&boot) };
+            MemorySize { size, max: size }
+        }
     };
+    // Who is given memory wants to use it. As movable memory it can be taken back, but the kernel itself cannot use it: Linux 5.15
+    // and later see to it that there is not more of it than thrice the rest. Older ones pass the second over; those that
+    // have no virtio-mem, both.
+    if let (true, Boot::Kernel { cmdline, .. }) = (memory.max > memory.size, &mut boot)
+        && !cmdline.contains("memhp_default_state=")
+    {
+        cmdline.push_str(" memhp_default_state=online memory_hotplug.online_policy=auto-movable");
+    }
     if let (Terminal::Virtio, Boot::Kernel { cmdline, .. }) = (args.console, &mut boot)
         && !cmdline.contains("console=hvc")
     {
@@ -264,7 +275,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         }),
         lockstep: args.lockstep,
         cpus: args.cpus.or(file.cpus).unwrap_or(1),
-        memory,
+        memory: memory.size,
         boot,
         disks: Arc::new(disks.into()),
         nics: Arc::default(),
@@ -272,6 +283,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         shares: crate::share::open(&args.share)?,
         sockets: Arc::default(),
         balloon: Arc::default(),
+        plugs: Arc::new(vm::Plugs::new(memory.max - memory.size)),
         display: crate::screen::display(args, firmware),
         screen: screens::Screen::new(),
         debug_exit: args.debug_exit,

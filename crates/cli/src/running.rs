@@ -160,21 +160,24 @@ fn has_ended(end: &mut impl Read, handle: &UnixStream, patience: Duration) -> an
 
 /// `lodge memory`.
 pub fn memory(args: &Memory) -> anyhow::Result<()> {
-    let size = connect(&args.name)?.status()?.memory;
-    if args.size.is_some_and(|wanted| wanted > size) {
-        let most = HumanBytes(size);
-        return Err(anyhow::Error::new(Usage(format!("{} was started with {most} of memory", args.name)))
-            .context(Help("ask for no more than that, or start it again with --memory".into())));
+    let before = connect(&args.name)?.memory(None)?;
+    if args.size.is_some_and(|wanted| wanted > before.max) {
+        let most = HumanBytes(before.max);
+        return Err(anyhow::Error::new(Usage(format!("{} was started for {most} of memory", args.name)))
+            .context(Help(
+                "ask for no more than that, or start it again with --memory SIZE,max=SIZE".into(),
+            )));
     }
     let memory = connect(&args.name)?.memory(args.size)?;
     if args.json {
         return print(&serde_json::to_string_pretty(&memory)?);
     }
     let told = |bytes: Option<u64>| bytes.map_or("unknown".into(), |bytes| HumanBytes(bytes).to_string());
-    let mut table = table(&["started with", "is to have", "has", "free", "available", "host memory"]);
-    let [size, target, has, held] =
-        [memory.size, memory.target, memory.has, memory.held].map(|bytes| told(Some(bytes)));
-    table.add_row([size, target, has, told(memory.free), told(memory.available), held]);
+    let mut table =
+        table(&["started with", "at most", "is to have", "has", "free", "available", "host memory"]);
+    let [size, max, target, has, held] =
+        [memory.size, memory.max, memory.target, memory.has, memory.held].map(|bytes| told(Some(bytes)));
+    table.add_row([size, max, target, has, told(memory.free), told(memory.available), held]);
     print(&table.to_string())
 }
 

@@ -22,7 +22,7 @@ pub const VIRTIO_MODULES: [&str; 6] =
     ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
 /// Drivers: what their folder is called, the module without which the others are of no use, and the modules in the
 /// order in which they are loaded. Kernels may have them built in.
-const DRIVERS: [(&str, &str, &[&str]); 10] = [
+const DRIVERS: [(&str, &str, &[&str]); 11] = [
     (
         "virtio",
         "virtio_pci",
@@ -37,6 +37,7 @@ const DRIVERS: [(&str, &str, &[&str]); 10] = [
     ),
     ("console", "virtio_console", &["virtio_console"]),
     ("balloon", "virtio_balloon", &["virtio_balloon"]),
+    ("mem", "virtio_mem", &["virtio_mem"]),
     ("net", "virtio_net", &["failover", "net_failover", "virtio_net"]),
     ("e1000", "e1000", &["e1000"]),
     (

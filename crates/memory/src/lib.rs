@@ -19,13 +19,14 @@ mod guest;
 mod layout;
 mod plugs;
 mod ram;
+mod view;
 mod windows;
 
 pub use alias::Alias;
 pub use code::{CodeMap, order_threads, order_threads_is_exact};
 pub use guest::Guest;
 pub use layout::{HOLE_END, HOLE_START, Kind, Region, layout};
-pub use plugs::{PLUG_ALIGN, Pluggable, block_size, plug_start};
+pub use plugs::{PLUG_ALIGN, PLUG_MOST, Pluggable, block_size, plug_start};
 pub use ram::{Error, Int, Memory, Slot};
 pub use windows::{Keeper, Window};
 

@@ -1,6 +1,7 @@
 //! The block of host memory, and the ways into it.
 
 use std::arch::asm;
+use std::ffi::CStr;
 use std::fmt;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -14,7 +15,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use crate::guest::{Guest, Tracker};
 use crate::plugs::{Pluggable, Plugs};
 use crate::windows::{Keeper, Window, Windows};
-use crate::{Alias, CodeMap, Gpa, Kind, PAGE_SIZE, PLUG_ALIGN, Region, layout, plug_start};
+use crate::{Alias, CodeMap, Gpa, Kind, PAGE_SIZE, PLUG_ALIGN, PLUG_MOST, Region, layout, plug_start};
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -122,17 +123,23 @@ unsafe impl Send for Block {}
 // SAFETY: as above.
 unsafe impl Sync for Block {}
 
+/// A file of `len` bytes that has no name, and takes memory when it is touched.
+pub(crate) fn memfd(name: &CStr, len: u64) -> std::io::Result<File> {
+    // SAFETY: the name is a C string; the result is checked before it is owned.
+    let file = unsafe {
+        let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        File::from(OwnedFd::from_raw_fd(fd))
+    };
+    file.set_len(len)?;
+    Ok(file)
+}
+
 impl Block {
     fn new(len: u64) -> std::io::Result<Self> {
-        // SAFETY: the name is a C string; the result is checked before it is owned.
-        let file = unsafe {
-            let fd = libc::memfd_create(c"lodge-guest".as_ptr(), libc::MFD_CLOEXEC);
-            if fd < 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-            File::from(OwnedFd::from_raw_fd(fd))
-        };
-        file.set_len(len)?;
+        let file = memfd(c"lodge-guest", len)?;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses, of a file that we own.
@@ -188,8 +195,8 @@ impl Memory {
         Self::with_pluggable(ram, rom, sizes, 0)
     }
 
-    /// As [`Memory::with_windows`], with so many bytes of [`Pluggable`] memory, a multiple of [`PLUG_ALIGN`], from
-    /// [`plug_start`] on.
+    /// As [`Memory::with_windows`], with so many bytes of [`Pluggable`] memory, a multiple of [`PLUG_ALIGN`] and at most
+    /// [`PLUG_MOST`], from [`plug_start`] on.
     ///
     /// # Errors
     /// As [`Memory::new`].
@@ -206,7 +213,7 @@ impl Memory {
         if let Some(&size) = sizes.iter().find(|&&size| !whole(size) || size > 1 << 30) {
             return Err(Error::Size(size));
         }
-        if !whole(pluggable) || !pluggable.is_multiple_of(PLUG_ALIGN) {
+        if pluggable > PLUG_MOST || !pluggable.is_multiple_of(PLUG_ALIGN) {
             return Err(Error::Size(pluggable));
         }
         let windows = Windows::new(&sizes, ram + rom);
@@ -214,7 +221,7 @@ impl Memory {
         let plugs = Plugs::new(plug_start(ram), pluggable, len);
         let memory = Self::with_regions(layout(ram, rom), windows, plugs, len + pluggable).map_err(
             |error| match error {
-                Error::Host(_, e) => Error::Host(ram >> 20, e),
+                Error::Host(_, e) => Error::Host((ram + pluggable) >> 20, e),
                 other => other,
             },
         )?;
@@ -227,7 +234,7 @@ impl Memory {
         let code = Arc::new(CodeMap::new(len));
         let file = Arc::new(block.file.try_clone().map_err(|e| Error::Host(len >> 20, e))?);
         let mut mapped = Vec::new();
-        for region in regions.iter().copied().chain(plugs.all()) {
+        for region in regions.iter().copied().chain(plugs.blocks()) {
             let tracker = Tracker::new(code.clone(), region.offset);
             // SAFETY: regions lie inside the block by construction in `layout`, those of `plugs` in `with_pluggable`.
             let host = unsafe { block.base.as_ptr().add(region.offset as usize) };
@@ -332,15 +339,30 @@ impl Memory {
         self.region(gpa).map(|r| gpa - r.gpa + r.offset)
     }
 
-    /// Every region with its host address, then every window and block of pluggable memory: where the guest sees it, if it does.
+    /// Every region with its host address, then every window: where the guest sees it, if it does. Pluggable memory is
+    /// [`Memory::pluggable_slot`]'s.
     pub fn slots(&self) -> impl Iterator<Item = Option<Slot>> + '_ {
         let fixed = self.0.regions.iter().map(|&region| Some(region));
-        // SAFETY: regions lie inside the block by construction in `layout`, windows and blocks in `with_pluggable`.
+        // SAFETY: regions lie inside the block by construction in `layout`, windows in `with_pluggable`.
         let slot = |region: Region| Slot { region, host: unsafe { self.at(region.offset) } };
-        fixed
-            .chain(self.windows().regions())
-            .chain(self.plugs().regions())
-            .map(move |region| region.map(slot))
+        fixed.chain(self.windows().regions()).map(move |region| region.map(slot))
+    }
+
+    /// All of pluggable memory as one slot that never changes, if there is any: what the guest reaches through it changes with
+    /// what is plugged. It is made at the first call, for engines whose guests reach memory by host address.
+    ///
+    /// # Errors
+    /// The host has no room for it.
+    pub fn pluggable_slot(&self) -> Result<Option<Slot>, Error> {
+        let plugs = self.plugs();
+        // Nothing is plugged or unplugged meanwhile.
+        self.windows().change(|| plugs.slot(&self.0.block.file).map_err(|e| Error::Host(self.len() >> 20, e)))
+    }
+
+    /// Gives the host back pages of the block that nobody is to use: what is left in them is anybody's guess.
+    pub(crate) fn give_back(&self, offset: u64, len: u64) {
+        // What the host refuses is cleared before it is used again.
+        self.0.block.punch(offset, len);
     }
 
     /// # Safety
@@ -431,7 +453,7 @@ impl Memory {
         let end = gpa.saturating_add(len) & !(PAGE_SIZE - 1);
         let start = gpa.checked_next_multiple_of(PAGE_SIZE).unwrap_or(end);
         let fixed = self.0.regions.iter().copied().filter(|region| region.kind == Kind::Ram);
-        for region in fixed.chain(self.plugs().regions().flatten()) {
+        for region in fixed.chain(self.plugs().regions()) {
             let (from, to) = (start.max(region.gpa), end.min(region.gpa + region.size));
             if from >= to {
                 continue;

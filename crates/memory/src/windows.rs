@@ -90,20 +90,24 @@ impl Windows {
         self.followers.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Tells of a change; `gone` if what was kept of the map is wrong now.
-    fn tell(&self, followers: &Followers, memory: &Memory, gone: bool) {
-        if gone {
-            self.version.fetch_add(1, Ordering::SeqCst);
-            followers.vcpus.iter().for_each(|seen| (seen.kick)());
-        }
-        followers.listeners.iter().for_each(|listener| listener(memory));
+    /// Has vCPUs forget what they have kept of the map.
+    fn outdate(&self, followers: &Followers) {
+        self.version.fetch_add(1, Ordering::SeqCst);
+        followers.vcpus.iter().for_each(|seen| (seen.kick)());
     }
 
-    /// Changes another part of the map, and tells of it: as [`Windows::tell`].
-    pub(crate) fn change(&self, memory: &Memory, gone: bool, change: impl FnOnce()) {
+    /// Changes another part of the map, one change at a time. Listeners are not told.
+    pub(crate) fn change<R>(&self, change: impl FnOnce() -> R) -> R {
+        let _one = self.followers();
+        change()
+    }
+
+    /// As [`Windows::change`], after which what vCPUs have kept of the map may be wrong: they are kicked, not waited for.
+    pub(crate) fn take_away<R>(&self, change: impl FnOnce() -> R) -> R {
         let followers = self.followers();
-        change();
-        self.tell(&followers, memory, gone);
+        let result = change();
+        self.outdate(&followers);
+        result
     }
 
     pub(crate) fn listen(&self, memory: &Memory, listener: Listener) {
@@ -151,7 +155,10 @@ impl Window {
         let at = to.map_or(0, |(gpa, kind)| gpa | if kind == Kind::Ram { RAM } else { ROM });
         let before = piece.at.swap(at, Ordering::SeqCst);
         if before != at {
-            windows.tell(&followers, &self.memory, before != 0);
+            if before != 0 {
+                windows.outdate(&followers);
+            }
+            followers.listeners.iter().for_each(|listener| listener(&self.memory));
         }
         at != 0
     }
@@ -160,7 +167,8 @@ impl Window {
         let Some(end) = gpa.checked_add(self.size()).filter(|&end| end <= 1 << 52) else { return false };
         let others = self.memory.windows().pieces.iter().enumerate();
         let others = others.filter(|(index, _)| *index != self.index).filter_map(|(_, piece)| piece.region());
-        let mut taken = self.memory.regions().iter().copied().chain(others);
+        let pluggable = self.memory.plugs().whole();
+        let mut taken = self.memory.regions().iter().copied().chain(others).chain(pluggable);
         self.size() > 0
             && gpa.is_multiple_of(PAGE_SIZE)
             && !taken.any(|r| r.gpa < end && gpa < r.gpa + r.size)

@@ -10,7 +10,7 @@ use machine::cpu::{State, Vcpu};
 use machine::irq::LocalApics;
 use machine::irqs::Irqs;
 use machine::{Bus, Clock, Machine, Memory, Power, Registers};
-use memory::Window;
+use memory::{PLUG_ALIGN, Window};
 use x86::cpuid::Cpuid;
 
 use crate::Error;
@@ -75,7 +75,7 @@ fn memory(config: &Config, rom: u64) -> Result<(Memory, Windows), Error> {
         Boot::Firmware(firmware) => firmware.variables.as_ref().map_or(0, |chip| chip.size()),
         Boot::Kernel { .. } => 0,
     };
-    Ok(Memory::with_windows(config.memory, rom, [frame_buffer, flash])?)
+    Ok(Memory::with_pluggable(config.memory, rom, [frame_buffer, flash], config.plugs.room())?)
 }
 
 fn check(config: &Config) -> Result<(), Error> {
@@ -92,8 +92,17 @@ fn check(config: &Config) -> Result<(), Error> {
         return Err(Error::MemoryOdd(config.memory));
     }
     let host = host::memory();
-    if host != 0 && config.memory > host {
-        return Err(Error::MemoryLarge(config.memory >> 20, host >> 20));
+    let room = config.plugs.room();
+    let most = config.memory.saturating_add(room);
+    if host != 0 && most > host {
+        return Err(Error::MemoryLarge(most >> 20, host >> 20));
+    }
+    if !room.is_multiple_of(PLUG_ALIGN) {
+        return Err(Error::MemoryMaxOdd);
+    }
+    let end = memory::plug_start(config.memory).saturating_add(room);
+    if room > 0 && end > firmware::PCI_WINDOW64.0 {
+        return Err(Error::MemoryMaxLarge);
     }
     Ok(())
 }
@@ -158,7 +167,7 @@ fn load(config: &Config, memory: &Memory, hotplug: &pci::HotPlug) -> Result<Stat
         }
         Boot::Kernel { kernel, initrd, cmdline } => (kernel, initrd, cmdline),
     };
-    let rsdp = boot::acpi::build(&firmware::acpi(config, hotplug)).place(memory)?;
+    let rsdp = boot::acpi::build(&firmware::acpi(config, memory, hotplug)).place(memory)?;
     boot::smbios::place(memory, config.cpus)?;
     Ok(boot::load(memory, &boot::Kernel { kernel, initrd, cmdline, rsdp })?)
 }
@@ -268,6 +277,10 @@ fn plug_virtio(
     }
     let balloon = virtio::balloon::Balloon::new(machine.memory.clone(), config.balloon.clone());
     virtio_function(host, machine, Arc::new(balloon))?;
+    if let Some(pluggable) = machine.memory.pluggable() {
+        let device = virtio::mem::Mem::new(pluggable, config.plugs.clone());
+        virtio_function(host, machine, Arc::new(device))?;
+    }
     if let Some(port) = console.port() {
         let device = virtio::console::Console::new(std::slice::from_ref(port));
         console

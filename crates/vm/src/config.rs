@@ -8,6 +8,7 @@ use std::sync::Arc;
 pub use devices::flash::Contents as Variables;
 pub use devices::net::{Guest, Header, Link, Mac};
 pub use devices::virtio::balloon::Target as Balloon;
+pub use devices::virtio::mem::Target as Plugs;
 pub use devices::virtio::vsock::Hub as Sockets;
 use serde::{Deserialize, Serialize};
 use x86::cpuid::Model;
@@ -161,6 +162,9 @@ pub struct Config {
     pub sockets: Arc<Sockets>,
     /// How much of its memory the guest is to have, which may change while it runs.
     pub balloon: Arc<Balloon>,
+    /// Memory beside that which it starts with, as much as there is room for: what of it the guest is to have may change while it
+    /// runs.
+    pub plugs: Arc<Plugs>,
     /// What shows the guest's screen.
     pub display: Display,
     /// Who looks at the screen and types; it outlives resets.
@@ -188,6 +192,7 @@ impl Config {
             shares: Vec::new(),
             sockets: Arc::default(),
             balloon: Arc::default(),
+            plugs: Arc::default(),
             display: Display::None,
             screen: screens::Screen::new(),
             debug_exit: false,

@@ -16,6 +16,12 @@ pub enum Error {
     MemoryOdd(u64),
     #[error("the guest wants {0} MiB of memory and this host has {1} MiB; ask for less with --memory")]
     MemoryLarge(u64, u64),
+    #[error(
+        "memory is plugged in pieces of 128 MiB; give --memory a max= that is so many more than what it starts with"
+    )]
+    MemoryMaxOdd,
+    #[error("a guest's memory ends below 512 GiB; give --memory a smaller max=")]
+    MemoryMaxLarge,
     #[error("the engine {engine} cannot be used here: {reason}; {remedy}")]
     Engine { engine: &'static str, reason: String, remedy: String },
     #[error("processor model {model} needs what this host lacks ({}); choose --cpu v2", list(.missing))]
@@ -54,6 +60,8 @@ impl Error {
                 | Self::MemorySmall(_)
                 | Self::MemoryOdd(_)
                 | Self::MemoryLarge(..)
+                | Self::MemoryMaxOdd
+                | Self::MemoryMaxLarge
                 | Self::Model { .. }
                 | Self::Sata(_)
         )

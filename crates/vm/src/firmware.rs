@@ -13,14 +13,19 @@ use crate::Error;
 use crate::config::{Boot, Config, Display, Firmware};
 
 /// Where PCI devices with large BARs go: 512 GiB, up to the end of what the processor addresses.
-const PCI_WINDOW64: (u64, u64) = (1 << 39, 1 << 39);
+pub const PCI_WINDOW64: (u64, u64) = (1 << 39, 1 << 39);
 /// SeaBIOS' name for the display's option ROM.
 const VGA_BIOS: &str = "pci1234,1111.rom";
 /// No sleep but S5, whose type is 0: bytes for S0 to S5, bit 7 of each says that there is such a state.
 const SYSTEM_STATES: [u8; 6] = [0x80, 0, 0, 0, 0, 0x80 | pm::SLEEP_TYPE_S5];
 
 /// What ACPI tells of a machine that starts without firmware.
-pub fn acpi(config: &Config, hotplug: &pci::HotPlug) -> boot::acpi::Config {
+pub fn acpi(config: &Config, memory: &Memory, hotplug: &pci::HotPlug) -> boot::acpi::Config {
+    let ram = memory.regions().iter().filter(|region| region.kind == Kind::Ram);
+    let pluggable = memory.pluggable().map(|more| boot::acpi::PluggableMemory {
+        fixed: ram.map(|region| region.gpa..region.gpa + region.size).collect(),
+        room: more.gpa()..more.gpa() + more.size(),
+    });
     let pm = boot::acpi::Pm {
         event: pm::PM1A_EVENT as u16,
         control: pm::PM1A_CONTROL as u16,
@@ -42,6 +47,7 @@ pub fn acpi(config: &Config, hotplug: &pci::HotPlug) -> boot::acpi::Config {
             gpe: pci::HOTPLUG_GPE,
             slots: hotplug.slots(),
         },
+        pluggable,
     }
 }
 
@@ -92,6 +98,10 @@ pub fn describe(
     fw_cfg.set(fw_cfg::key::IRQ0_OVERRIDE, &1u32.to_le_bytes());
     fw_cfg.set(fw_cfg::key::NOGRAPHIC, &1u16.to_le_bytes());
     fw_cfg.add_file("etc/e820", boot::ram_for_firmware(memory))?;
+    if let Some(more) = memory.pluggable() {
+        // The end of what may be memory: above it PCI devices may be placed.
+        fw_cfg.add_file("etc/reserved-memory-end", (more.gpa() + more.size()).to_le_bytes().to_vec())?;
+    }
     fw_cfg.add_file("etc/system-states", SYSTEM_STATES.to_vec())?;
     // SeaBIOS has its text screen on this port, beside a display's.
     fw_cfg.add_file("etc/sercon-port", serial::COM1.start.to_le_bytes().to_vec())?;
@@ -106,7 +116,7 @@ pub fn describe(
     fw_cfg.add_file("etc/smbios/smbios-tables", tables)?;
     fw_cfg.add_file("etc/smbios/smbios-anchor", entry)?;
     // Firmware reads these when it has found and placed the PCI devices.
-    let found = acpi(config, hotplug);
+    let found = acpi(config, memory, hotplug);
     type Part = fn(ForFirmware) -> Vec<u8>;
     let files: [(&str, Part); 3] = [
         (boot::acpi::TABLES, |f| f.tables),

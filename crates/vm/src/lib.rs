@@ -24,7 +24,7 @@ use machine::cpu::Stats;
 pub use boot::is_disk;
 pub use config::{
     Balloon, Boot, Choice, Config, Disk, DiskBus, Display, Firmware, Guest, Header, Link, Mac, Nic, NicModel,
-    Share, Sockets, Variables,
+    Plugs, Share, Sockets, Variables,
 };
 pub use console::Console;
 pub use devices::virtio::fs::LONGEST_TAG;

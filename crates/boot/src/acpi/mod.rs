@@ -36,6 +36,17 @@ pub struct Config {
     pub mcfg: u64,
     /// The slots of bus 0.
     pub hotplug: HotPlug,
+    /// Where there may come to be memory, if there may.
+    pub pluggable: Option<PluggableMemory>,
+}
+
+/// Memory that comes and goes.
+#[derive(Clone, Debug)]
+pub struct PluggableMemory {
+    /// RAM that is always there.
+    pub fixed: Vec<Range<u64>>,
+    /// Where more may come.
+    pub room: Range<u64>,
 }
 
 /// The PM block's ports.

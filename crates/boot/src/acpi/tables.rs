@@ -2,7 +2,7 @@
 
 use acpi_tables::sdt::Sdt;
 
-use super::{Blob, Config, dsdt};
+use super::{Blob, Config, PluggableMemory, dsdt};
 
 const OEM: [u8; 6] = *b"LODGE ";
 const OEM_TABLE: [u8; 8] = *b"LODGEPC ";
@@ -25,7 +25,11 @@ pub fn all(config: &Config) -> Vec<Blob> {
     let mut all = vec![facs(), plain("DSDT", dsdt::build(config)), fadt(config), plain("APIC", madt(config))];
     all.push(plain("HPET", hpet()));
     all.push(plain("MCFG", mcfg(config)));
-    let listed = ["FACP", "APIC", "HPET", "MCFG"];
+    let mut listed = vec!["FACP", "APIC", "HPET", "MCFG"];
+    if let Some(pluggable) = &config.pluggable {
+        all.push(plain("SRAT", srat(config.cpus, pluggable)));
+        listed.push("SRAT");
+    }
     all.push(root("RSDT", 4, &listed));
     all.push(root("XSDT", 8, &listed));
     all.push(rsdp());
@@ -142,6 +146,32 @@ fn mcfg(config: &Config) -> Sdt {
     t.append_slice(&[0; 8]);
     t.append_slice(&config.mcfg.to_le_bytes());
     t.append_slice(&[0, 0, 0, 0xff, 0, 0, 0, 0]); // segment 0, buses 0 to 255
+    t
+}
+
+/// Which memory there is and may come (ACPI 6.5, 5.2.16), all of it in domain 0 with all processors: a system may have to know the
+/// highest address before it has memory there, to tell whether devices reach all of it.
+fn srat(cpus: u32, memory: &PluggableMemory) -> Sdt {
+    let mut t = table(b"SRAT", 36, 3);
+    t.append_slice(&1u32.to_le_bytes());
+    t.append_slice(&[0; 8]);
+    for id in 0..cpus {
+        if id < 255 {
+            t.append_slice(&[0, 16, 0, id as u8, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        } else {
+            t.append_slice(&[2, 24, 0, 0]);
+            [0, id, 1, 0, 0].iter().for_each(|w| t.append_slice(&w.to_le_bytes()));
+        }
+    }
+    const ENABLED: u32 = 1;
+    const HOT_PLUGGABLE: u32 = 2;
+    let fixed = memory.fixed.iter().map(|range| (range, ENABLED));
+    for (range, flags) in fixed.chain([(&memory.room, ENABLED | HOT_PLUGGABLE)]) {
+        t.append_slice(&[1, 40, 0, 0, 0, 0, 0, 0]);
+        t.append_slice(&range.start.to_le_bytes());
+        t.append_slice(&(range.end - range.start).to_le_bytes());
+        [0, flags, 0, 0].iter().for_each(|w| t.append_slice(&w.to_le_bytes()));
+    }
     t
 }
 

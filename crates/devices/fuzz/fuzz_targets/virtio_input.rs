@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use devices::virtio::input::{InputDevice, Kind};
 use libfuzzer_sys::fuzz_target;
-use lodge_devices_fuzz::virtio::{Input, fuzz_with};
 use lodge_devices_fuzz::memory;
+use lodge_devices_fuzz::virtio::{Input, fuzz_with};
 use screens::{Input as _, Key, Point};
 
 fuzz_target!(|input: (bool, Input)| {

@@ -20,7 +20,14 @@ enum Step {
     /// The guest takes a packet of at most so many bytes.
     Take(u16),
     /// It sends one about a stream that there may be: operation, flags, what it says of its buffer, and bytes.
-    Send { stream: u8, op: u8, flags: u8, room: u32, read: u32, len: u16 },
+    Send {
+        stream: u8,
+        op: u8,
+        flags: u8,
+        room: u32,
+        read: u32,
+        len: u16,
+    },
     /// It sends bytes.
     Bytes(Vec<u8>),
 }

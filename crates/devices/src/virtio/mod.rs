@@ -10,6 +10,7 @@ pub mod console;
 pub mod fs;
 pub mod gpu;
 pub mod input;
+pub mod mem;
 pub mod net;
 mod packed;
 mod queue;

@@ -106,6 +106,9 @@ impl Vm {
         let shared = Arc::new(shared);
         let mut slots = Slots::default();
         slots.follow(&shared.fd, memory)?;
+        if let Some(slot) = memory.pluggable_slot().map_err(|e| Error::Guest(e.to_string()))? {
+            set(&shared.fd, slots.0.len(), Some(&slot))?;
+        }
         let (weak, slots) = (Arc::downgrade(&shared), Mutex::new(slots));
         memory.listen(move |memory| {
             if let Some(shared) = weak.upgrade() {

@@ -49,6 +49,6 @@ if [ -x /sbin/lodge-agent ]; then
         exec /sbin/lodge-agent
     } &
 fi
-# For guests that stay for a while: memory that is free goes back to the host, and disks may come.
-{ busybox sleep 3; load 0x1045 device virtio balloon; insert virtio blk nvme; } &
+# For guests that stay for a while: memory that is free goes back to the host, more memory and disks may come.
+{ busybox sleep 3; load 0x1045 device virtio balloon; load 0x1058 device virtio mem; insert virtio blk nvme; } &
 exec busybox init

@@ -10,6 +10,14 @@ if [ -f "$seed/shares" ]; then
     done <"$seed/shares"
 fi
 
+# Memory that the host gives (virtio-mem) is to be used at once, as kernels that Lodge loads are told.
+online=/sys/devices/system/memory/auto_online_blocks
+if grep -q 0x1058 /sys/bus/pci/devices/*/device && ! grep -q memhp_default_state= /proc/cmdline && [ -f $online ]; then
+    policy=/sys/module/memory_hotplug/parameters/online_policy
+    [ -f $policy ] && echo auto-movable >$policy
+    echo online >$online
+fi
+
 # Lodge's agent. In /run nothing may be executed, on some systems.
 [ -f "$seed/agent" ] || exit 0
 mkdir -p /var/lib/lodge

@@ -84,7 +84,7 @@ impl Client {
     /// It does not say, or does not follow.
     pub fn memory(mut self, target: Option<u64>) -> Result<Memory, Refused> {
         match self.ask(&Request::Memory(target))? {
-            Answer::Memory(memory) => Ok(memory),
+            Answer::Memory(memory) => Ok(Memory { max: memory.max.max(memory.size), ..memory }),
             _ => Err(Refused::Unknown),
         }
     }

@@ -101,9 +101,12 @@ pub struct Status {
 pub struct Memory {
     /// What it was started with.
     pub size: u64,
+    /// What it may come to have: `size`, or more. 0 from a version of Lodge in which it is always `size`.
+    #[serde(default)]
+    pub max: u64,
     /// What it is to have.
     pub target: u64,
-    /// What it has: the rest is in its balloon.
+    /// What it has: what is missing is in its balloon, or not plugged.
     pub has: u64,
     /// What of it takes memory of the host's.
     pub held: u64,

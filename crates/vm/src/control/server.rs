@@ -15,7 +15,7 @@ use machine::power::End;
 use screens::{Key, Screen};
 
 use super::{Answer, LONGEST_LINE, Memory, PATIENCE, Request, Status, seconds};
-use crate::config::{Balloon, Sockets};
+use crate::config::{Balloon, Plugs, Sockets};
 use crate::console::{Console, View};
 use crate::storage::Disks;
 
@@ -54,6 +54,7 @@ pub struct Subject {
     pub sockets: Arc<Sockets>,
     pub power: Power,
     pub balloon: Arc<Balloon>,
+    pub plugs: Arc<Plugs>,
     pub screen: Arc<Screen>,
     pub disks: Arc<Disks>,
 }
@@ -208,22 +209,39 @@ impl Vm {
         })
     }
 
+    /// Below the memory that it started with the guest's balloon does it, above that what is plugged.
     fn memory(&self, target: Option<u64>) -> Answer {
         let size = self.of.status.memory;
+        let (balloon, plugs) = (&self.of.balloon, &self.of.plugs);
+        let max = size + plugs.room();
         if let Some(bytes) = target {
-            if !self.of.balloon.has_driver() {
+            if bytes > max {
+                return Answer::Refused(
+                    "that is more than the virtual machine was started for; `lodge run --memory SIZE,max=SIZE` makes room".into(),
+                );
+            }
+            if bytes > size && !plugs.has_driver() {
+                return Answer::Refused(
+                    "the guest has no driver for memory that is plugged; Linux's is called virtio_mem".into(),
+                );
+            }
+            // Just what it started with: either of them may have something to do, which the other does not hinder.
+            let driven = balloon.has_driver() || bytes == size && plugs.has_driver();
+            if bytes <= size && !driven {
                 return Answer::Refused(
                     "the guest has no driver for its memory balloon; Linux's is called virtio_balloon".into(),
                 );
             }
-            self.of.balloon.set((bytes < size).then_some(bytes));
+            balloon.set((bytes < size).then_some(bytes));
+            plugs.set(bytes.saturating_sub(size));
         }
-        let stats = self.of.balloon.stats(TELLING).unwrap_or_default();
+        let stats = balloon.stats(TELLING).unwrap_or_default();
         Answer::Memory(Memory {
             size,
-            target: self.of.balloon.wanted().unwrap_or(size),
-            has: size.saturating_sub(self.of.balloon.ballooned()),
-            held: self.of.balloon.held(),
+            max,
+            target: balloon.wanted().unwrap_or(size + plugs.requested()),
+            has: size.saturating_sub(balloon.ballooned()) + plugs.plugged(),
+            held: balloon.held(),
             free: stats.free,
             available: stats.available,
         })

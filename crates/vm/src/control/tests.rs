@@ -27,6 +27,7 @@ impl Bed {
             sockets: Arc::default(),
             power: power.clone(),
             balloon: Arc::default(),
+            plugs: Arc::default(),
             screen: crate::Screen::new(),
             disks: Arc::default(),
         };
@@ -68,6 +69,20 @@ fn it_tells_and_does_what_it_is_asked() {
     assert_eq!(bed.power.wait(None), Some(End::Stopped("`lodge stop`")));
     let wrong = bed.client().stream(&Request::Status);
     assert!(matches!(wrong, Err(Refused::Unknown)), "{wrong:?}");
+}
+
+#[test]
+fn memory_that_there_is_no_driver_for_is_refused() {
+    let bed = Bed::new();
+    let memory = bed.client().memory(None).unwrap();
+    assert_eq!((memory.size, memory.max, memory.target, memory.has), (1 << 20, 1 << 20, 1 << 20, 1 << 20));
+    let refused = |bytes| bed.client().memory(Some(bytes)).unwrap_err().to_string();
+    assert!(refused((1 << 20) + 1).contains("max="), "{}", refused((1 << 20) + 1));
+    assert!(refused(1 << 20).contains("virtio_balloon") && refused(4096).contains("virtio_balloon"));
+    // What versions told that knew no more than the balloon.
+    let told = r#"{"memory":{"size":9,"target":8,"has":7,"held":6,"free":null,"available":5}}"#;
+    let old = Memory { size: 9, max: 0, target: 8, has: 7, held: 6, free: None, available: Some(5) };
+    assert_eq!(serde_json::from_str::<Answer>(told).unwrap(), Answer::Memory(old));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use memory::Memory;
+use memory::{Memory, PLUG_ALIGN};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::testing::Random;
@@ -12,6 +12,7 @@ use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, Port};
 use crate::virtio::gpu::Gpu;
 use crate::virtio::input::{InputDevice, Kind};
+use crate::virtio::mem::{self, Mem};
 use crate::virtio::net::{Guest, Header, Link, Net, Options};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::Driver;
@@ -37,11 +38,14 @@ fn devices(memory: &Memory) -> Vec<Arc<dyn Device>> {
     let disk = Arc::new(disks::Disk::open(file.path(), &options).unwrap());
     let ports = ["console", "agent"].map(Port::new);
     let cable = Options { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, pairs: 2 };
+    let pluggable = Arc::new(mem::Target::new(PLUG_ALIGN));
+    pluggable.set(PLUG_ALIGN / 2);
     vec![
         Arc::new(Blk::new(disk, "test", 2)),
         Arc::new(Rng::new().unwrap()),
         Arc::new(Console::new(&ports)),
         Arc::new(Balloon::new(memory.clone(), Arc::new(Target::default()))),
+        Arc::new(Mem::new(memory.pluggable().unwrap(), pluggable)),
         Arc::new(Net::new(cable, Arc::new(Mirror::default()))),
         Arc::new(Vsock::new(Arc::new(Hub::default()))),
         Arc::new(Gpu::new(memory.clone())),
@@ -53,7 +57,7 @@ fn devices(memory: &Memory) -> Vec<Arc<dyn Device>> {
 #[test]
 fn every_device_comes_back_from_a_reset() {
     const RAM: u64 = 32 << 20;
-    let memory = Memory::new(RAM, 0).unwrap();
+    let (memory, []) = Memory::with_pluggable(RAM, 0, [], PLUG_ALIGN).unwrap();
     let mut random = Random::new();
     for device in devices(&memory) {
         let (kind, queues) = (device.kind(), device.queues().len() as u64);
