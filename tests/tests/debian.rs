@@ -79,12 +79,27 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
     let public = key.with_extension("pub").display().to_string();
     let first = session(
         &data,
-        &["debian:13", "--name", "web", "--user", "ada", "--ssh-key", &public, "--runcmd", "date >/root/ran"],
+        &[
+            &[
+                "debian:13",
+                "--name",
+                "web",
+                "--user",
+                "ada",
+                "--ssh-key",
+                &public,
+                "--package",
+                "jq,nginx-light",
+            ][..],
+            &["--runcmd", "date >/root/ran; jq -n 40+2 >/root/sum; systemctl is-active nginx >/root/nginx"],
+        ]
+        .concat(),
         MAKING,
         "echo state=$(systemctl is-system-running --wait) failed=$(systemctl --failed --no-legend | wc -l)\n\
          echo name=$(hostname) id=$(cat /etc/machine-id)\necho id=$(cat /etc/machine-id)\n\
          echo user=$(id -nu ada) $(sudo -u ada sudo -n id -nu)\necho keys=$(cat /etc/ssh/*.pub | sha256sum)\n\
          echo audit=$(dpkg --audit | wc -l) $(dpkg -l | grep -c ^ii)\n\
+         echo packages=$(cat /root/sum /root/nginx) $(apt-mark showmanual jq nginx-light libjq1) $(ls /var/tmp | grep packages)\n\
          cp /root/ran /root/ran.first; echo kept >/root/file\n\
          cd /boot; for a in vmlinuz initrd.img; do cp $a-$(uname -r) $a-new; ln -sf boot/$a-new /$a; done; \
          echo new >>vmlinuz-new; cd",
@@ -94,6 +109,9 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
     assert_eq!(value(&first, "user"), "ada root", "{}", first.out);
     let (audit, packages) = value(&first, "audit").split_once(' ').unwrap();
     assert!(audit == "0" && packages.parse::<u32>().unwrap() > 100, "{}", first.out);
+    assert_eq!(value(&first, "packages"), "42 active jq nginx-light", "{}", first.out);
+    let packages = data.path().join("vms/web/packages.tar");
+    assert!(packages.exists());
 
     let again = session_with(
         &data,
@@ -104,6 +122,7 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
          echo journal=$(dmesg | grep -c 'EXT4-fs.*recovery')",
         || reached_without_a_network(&data, &key),
     );
+    assert!(!packages.exists(), "they are of no use any more");
     // As after an upgrade: what `/vmlinuz` on the disk leads to is what starts.
     assert!(std::fs::read(data.path().join("vms/web/vmlinuz")).unwrap().ends_with(b"new\n"));
     assert_eq!(std::fs::read(src.join("answer")).unwrap(), b"ada was here\n");
@@ -122,7 +141,7 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
             "echo id=$(cat /etc/machine-id)\necho file=$(cat /root/file)\necho loader=$(grep -c BOOT_IMAGE /proc/cmdline)\n\
              echo efi=$(ls -d /sys/firmware/efi 2>/dev/null) $(ls /boot/efi/EFI)\necho failed=$(systemctl --failed --no-legend)",
         );
-        assert!(by_grub.out.contains("Booting `Debian"), "{}", by_grub.out);
+        assert!(by_grub.text().contains("Booting `Debian"), "{}", by_grub.out);
         assert_eq!(value(&by_grub, "id"), value(&first, "id"), "{firmware}");
         assert_eq!((value(&by_grub, "file"), value(&by_grub, "loader")), ("kept", "1"), "{firmware}");
         let efi = if firmware == "uefi" { "/sys/firmware/efi BOOT" } else { "BOOT" };
@@ -151,6 +170,7 @@ fn debian_is_made_starts_shuts_down_and_starts_again() {
         (&["--name", "web", "--user", "bob"][..], "first start"),
         (&["debian:99"], "debian:12"),
         (&["debian", "--user", "no name"], "letters"),
+        (&["debian", "--package", "no-such-package"], "no package no-such-package"),
     ] {
         let mut command = Command::new(lodge());
         command.arg("run").args(args).env("LODGE_DATA_DIR", data.path());

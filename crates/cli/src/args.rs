@@ -387,6 +387,10 @@ pub struct Run {
     /// A public key by which root and that user may log in; may be given several times [default: ~/.ssh/*.pub]
     #[arg(long, value_name = "FILE", help_heading = "A whole system's first start")]
     pub ssh_key: Vec<PathBuf>,
+    /// A package to install, before the commands run; may be given several times, or with commas. This host fetches those for Debian
+    /// systems of Lodge's own
+    #[arg(long, value_name = "NAME", value_delimiter = ',', help_heading = "A whole system's first start")]
+    pub package: Vec<String>,
     /// A command to run as root; may be given several times
     #[arg(long, value_name = "COMMAND", help_heading = "A whole system's first start")]
     pub runcmd: Vec<String>,

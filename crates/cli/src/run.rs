@@ -228,7 +228,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
     let system = system::instance(args, file.mirror.as_deref(), engine)?;
     let whole = system.is_some();
     let disk = boot_disk(args, whole)?;
-    let (start, disks) = system.map(|system| (system.start, system.disks)).unzip();
+    let (start, own) = system.map(|system| (system.start, (system.disks, system.packages))).unzip();
     let mut boot = match (start, &args.firmware, &disk) {
         (Some(Start::Kernel(boot)), None, _) => boot,
         (None, None, None) => kernel(args, file.mirror.as_deref())?,
@@ -240,7 +240,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
             Boot::Firmware(crate::firmware::open(args, known, args.mirror.clone().or(file.mirror))?)
         }
     };
-    let mut disks: Vec<vm::Disk> = disks.unwrap_or_default();
+    let (mut disks, packages) = own.unwrap_or_default();
     let memory = match (args.memory, &file.memory) {
         (Some(memory), _) => memory,
         (None, Some(text)) => crate::args::parse_memory(text)
@@ -265,6 +265,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
     }
     let firmware = matches!(boot, Boot::Firmware(_));
     disks.extend(crate::disk::open(disk.iter().chain(&args.disk))?);
+    disks.extend(packages);
     Ok(Config {
         name: args.name.clone().unwrap_or_else(|| name_of(&boot)),
         engine,

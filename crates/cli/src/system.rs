@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use systems::{Instance, Origin, Release, Settings, Start};
+use systems::{Instance, Origin, Packages, Release, Settings, Start};
 
 use crate::args::Run;
 use crate::progress::Bars;
@@ -20,11 +20,15 @@ pub fn instance(args: &Run, mirror: Option<&str>, engine: vm::Choice) -> anyhow:
         if args.hostname.is_some()
             || args.user.is_some()
             || !args.ssh_key.is_empty()
+            || !args.package.is_empty()
             || !args.runcmd.is_empty()
         {
             let name = args.name.clone().unwrap_or_default();
             let path = systems::data_dir()?.join("vms").join(&name);
             return Err(systems::Error::Settled { name, path }.into());
+        }
+        if args.firmware.is_none() {
+            known.follow_kernel()?;
         }
         add(&mut known, args)?;
         return Ok(Some(known));
@@ -37,14 +41,18 @@ pub fn instance(args: &Run, mirror: Option<&str>, engine: vm::Choice) -> anyhow:
         Wish::Known => return Ok(None),
         Wish::Debian(release) => {
             let settings = settings(args)?;
+            settings.check()?;
             let base = systems::debian(release, &options, engine, &mut Bars::default())?;
             if std::io::stderr().is_terminal() || !base.cached {
                 eprintln!("{}", base.description);
             }
-            make(args, Origin::Base(&base), &settings, &shares)?
+            let wanted = &settings.packages;
+            let packages = Packages::fetch(release, &base, wanted, &options, &mut Bars::default())?;
+            make(args, Origin::Base(&base, packages.as_ref()), &settings, &shares)?
         }
         Wish::Image(name) => {
             let mut settings = settings(args)?;
+            settings.check()?;
             let image = crate::image::find_or_pull(&name, &options)?;
             let user = args.user.as_deref().or(image.about.user.as_deref());
             if let Some(user) = user.filter(|_| std::io::stderr().is_terminal()) {
@@ -147,6 +155,7 @@ fn settings(args: &Run) -> anyhow::Result<Settings> {
         hostname: args.hostname.clone(),
         user: args.user.clone(),
         ssh_keys,
+        packages: args.package.clone(),
         commands: args.runcmd.clone(),
         password: None,
     })

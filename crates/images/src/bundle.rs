@@ -37,9 +37,33 @@ impl Progress for Part<'_> {
     fn finish(&mut self) {}
 }
 
+/// Fetches packages, each into a file of the cache. What was fetched before and lost to an interruption is not fetched again.
+pub(crate) fn fetch(
+    archives: &Archives,
+    packages: Vec<&Package>,
+    cache: &Cache,
+    lock: &Lock,
+    progress: &mut dyn Progress,
+) -> Result<Vec<(Package, PathBuf)>, Error> {
+    let size = packages.iter().map(|package| package.expected.size).sum();
+    let what = match &packages[..] {
+        [one] => format!("{} {}", one.name, one.version),
+        some => format!("{} packages of {}", some.len(), archives.name()),
+    };
+    progress.begin(&what, Some(size));
+    let get = |package: &Package| {
+        let path = cache.partial(&package.expected.sha256, lock);
+        archives.get(package, &path, &mut Part(progress))?;
+        Ok((package.clone(), path))
+    };
+    let fetched = packages.into_iter().map(get).collect();
+    progress.finish();
+    fetched
+}
+
 impl<'a> Bundle<'a> {
     /// Fetches the essential and required packages of `options.suite`, those that are `wanted` (`?name` if there is such a
-    /// package) and all that these depend on. What was fetched before and lost to an interruption is not fetched again.
+    /// package) and all that these depend on.
     pub fn fetch(
         options: &Options,
         wanted: &[&str],
@@ -52,20 +76,12 @@ impl<'a> Bundle<'a> {
         let unmet = |Unmet { package, needs }| Error::Unmet { archive: archives.name(), package, needs };
         let mut chosen = resolve(&index, wanted).map_err(unmet)?;
         chosen.sort_by_key(|package| package.name != FIRST);
-        let size = chosen.iter().map(|package| package.expected.size).sum();
-        progress.begin(&format!("{} packages of {}", chosen.len(), archives.name()), Some(size));
-        let get = |package: &Package| {
-            let path = cache.partial(&package.expected.sha256, lock);
-            archives.get(package, &path, &mut Part(progress))?;
-            Ok((package.clone(), path))
-        };
-        let packages = chosen.into_iter().map(get).collect::<Result<_, Error>>();
-        progress.finish();
+        let packages = fetch(&archives, chosen, cache, lock, progress)?;
         let owned = |(uri, suite): (&str, &str)| (uri.to_owned(), suite.to_owned());
         Ok(Self {
             archive: archives.name(),
             sources: archives.sources().map(owned).collect(),
-            packages: packages?,
+            packages,
             _lock: lock,
         })
     }

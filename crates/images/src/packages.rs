@@ -31,6 +31,14 @@ pub struct Package {
     pub archive: usize,
 }
 
+impl Package {
+    /// What it needs: each clause is one or several alternatives, as written.
+    pub fn needs(&self) -> impl Iterator<Item = &str> {
+        let clauses = self.pre_depends.split(',').chain(self.depends.split(','));
+        clauses.map(str::trim).filter(|clause| !clause.is_empty())
+    }
+}
+
 /// How much every system wants a package, most first (Debian Policy, 2.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {

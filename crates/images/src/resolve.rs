@@ -90,6 +90,31 @@ impl<'a> Universe<'a> {
         others.sort_by_key(|one| (one.priority, one.name.as_str()));
         own.copied().into_iter().chain(others).collect()
     }
+
+    /// Whether a system with the packages `installed` meets a relation by one of those, but for what is to be replaced.
+    fn has(&self, installed: &HashMap<&str, &str>, replaced: &HashSet<&str>, wanted: &Relation) -> bool {
+        let stays = |name: &str| installed.get(name).filter(|_| !replaced.contains(name));
+        // In which version an older one provides a name is not known.
+        let provides = |one: &&Package| {
+            stays(&one.name).is_some_and(|version| wanted.version.is_none() || *version == one.version)
+        };
+        stays(wanted.name).is_some_and(|version| wanted.fits(version))
+            || self.candidates(wanted).iter().any(provides)
+    }
+
+    /// The packages that the system has in an older version, and whose newest asks for exactly the newest of `renewed`: of one
+    /// source, they go together.
+    fn tied(&self, installed: &HashMap<&str, &str>, renewed: &Package) -> Vec<&'a Package> {
+        let asks = |one: &Package| {
+            let mut relations = one.needs().flat_map(|clause| clause.split('|').map(Relation::parse));
+            relations.any(|to| to.name == renewed.name && to.version.is_some_and(|(how, _)| how == "="))
+        };
+        let older = |one: &&Package| installed.get(one.name.as_str()).is_some_and(|old| *old != one.version);
+        let mut tied: Vec<&Package> =
+            self.own.values().copied().filter(older).filter(|one| asks(one)).collect();
+        tied.sort_by_key(|one| one.name.as_str());
+        tied
+    }
 }
 
 /// The essential and required packages, those of `wanted`, and all that they need; by name. Names that begin with `?` may be
@@ -112,17 +137,66 @@ pub fn resolve<'a>(packages: &'a [Package], wanted: &[&str]) -> Result<Vec<&'a P
     base.retain(|one| one.essential || one.priority == Priority::Required);
     base.sort_by_key(|one| one.name.as_str());
     queue.extend(base.into_iter().filter(|one| chosen.insert(&one.name)));
+    complete(&universe, &HashMap::new(), chosen, &mut queue)?;
+    queue.sort_by_key(|one| one.name.as_str());
+    Ok(queue)
+}
+
+/// What a system gets beside what it has.
+#[derive(Debug)]
+pub struct More<'a> {
+    /// What was asked for, as far as the system has it not.
+    pub wanted: Vec<&'a Package>,
+    /// What that needs; also newer versions of packages that the system has.
+    pub needed: Vec<&'a Package>,
+}
+
+/// What a system that has the packages `installed` (versions by names) needs to have those of `wanted`, too.
+///
+/// What the archive has in a newer version than the system stays as it is, unless something asks for the newer one; then those that
+/// ask for exactly the old one are renewed with it.
+pub fn resolve_more<'a>(
+    packages: &'a [Package],
+    installed: &HashMap<&str, &str>,
+    wanted: &[&str],
+) -> Result<More<'a>, Unmet> {
+    let universe = Universe::new(packages);
+    let (mut chosen, mut queue) = (HashSet::new(), Vec::new());
+    for name in wanted {
+        let relation = Relation { name, version: None };
+        if universe.has(installed, &chosen, &relation) {
+            continue;
+        }
+        let found = universe.candidates(&relation).first().copied();
+        let one = found.ok_or_else(|| Unmet { package: "the system".into(), needs: (*name).to_owned() })?;
+        if chosen.insert(one.name.as_str()) {
+            queue.push(one);
+        }
+    }
+    let count = queue.len();
+    complete(&universe, installed, chosen, &mut queue)?;
+    let needed = queue.split_off(count);
+    Ok(More { wanted: queue, needed })
+}
+
+/// Appends to `queue`, whose packages' names are in `chosen`, all that they need and that `installed` does not give.
+fn complete<'a>(
+    universe: &Universe<'a>,
+    installed: &HashMap<&str, &str>,
+    mut chosen: HashSet<&'a str>,
+    queue: &mut Vec<&'a Package>,
+) -> Result<(), Unmet> {
     // In the order of their being chosen: a queue whose head moves on.
     let mut next = 0;
     while let Some(package) = queue.get(next).copied() {
         next += 1;
-        for clause in package.pre_depends.split(',').chain(package.depends.split(',')).map(str::trim) {
-            if clause.is_empty() {
-                continue;
-            }
+        for clause in package.needs() {
+            let relations = || clause.split('|').map(Relation::parse);
             let candidates: Vec<&Package> =
-                clause.split('|').flat_map(|text| universe.candidates(&Relation::parse(text))).collect();
-            if candidates.iter().any(|one| chosen.contains(one.name.as_str())) {
+                relations().flat_map(|relation| universe.candidates(&relation)).collect();
+            if candidates.iter().any(|one| chosen.contains(one.name.as_str()))
+                || relations().any(|relation| universe.has(installed, &chosen, &relation))
+            {
                 continue;
             }
             let unmet = || Unmet { package: package.name.clone(), needs: clause.to_owned() };
@@ -130,9 +204,13 @@ pub fn resolve<'a>(packages: &'a [Package], wanted: &[&str]) -> Result<Vec<&'a P
             chosen.insert(&one.name);
             queue.push(one);
         }
+        if installed.contains_key(package.name.as_str()) {
+            let mut tied = universe.tied(installed, package);
+            tied.retain(|one| chosen.insert(&one.name));
+            queue.extend(tied);
+        }
     }
-    queue.sort_by_key(|one| one.name.as_str());
-    Ok(queue)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -209,5 +287,59 @@ mod tests {
         let packages = [("a", "1", "Depends: b"), ("b", "1", "Depends: c (>= 2) | d, a"), ("c", "1", "")];
         assert_eq!(names(&packages, &["a"]).unwrap_err(), "b needs c (>= 2) | d, which is not to be had");
         assert_eq!(names(&packages, &["x"]).unwrap_err(), "the system needs x, which is not to be had");
+    }
+
+    /// What comes beside `installed`: what is wanted, and what that needs.
+    fn more(
+        packages: &[(&str, &str, &str)],
+        installed: &[(&str, &str)],
+        wanted: &[&str],
+    ) -> Result<[String; 2], String> {
+        let found = index(packages);
+        let found = resolve_more(&found, &installed.iter().copied().collect(), wanted);
+        let More { wanted, needed } = found.map_err(|error| error.to_string())?;
+        Ok([wanted, needed].map(|some| {
+            let names: Vec<_> = some.iter().map(|one| format!("{}={}", one.name, one.version)).collect();
+            names.join(" ")
+        }))
+    }
+
+    #[test]
+    fn a_system_gets_what_it_has_not() {
+        let packages = [
+            ("dpkg", "1", "Essential: yes\nDepends: tar"),
+            ("libc", "2", "Provides: libc-dev (= 2)"),
+            ("jq", "1", "Depends: libjq (= 1), libc (>= 2), libc-dev (>= 2)"),
+            ("libjq", "1", "Depends: libc | other, mta"),
+            ("exim", "1", "Provides: mta"),
+            ("dma", "1", "Provides: mta"),
+            ("other", "1", ""),
+        ];
+        let installed = [("libc", "2"), ("exim", "0"), ("gone", "1")];
+        let got = more(&packages, &installed, &["jq", "libc", "gone", "mta"]).unwrap();
+        assert_eq!(got, ["jq=1", "libjq=1"], "nothing of what is there, nor of what every system has");
+        assert_eq!(more(&packages, &installed, &["libc"]).unwrap(), ["", ""]);
+        let error = more(&packages, &installed, &["jq", "nothing"]).unwrap_err();
+        assert!(error.contains("needs nothing"), "{error}");
+    }
+
+    #[test]
+    fn what_the_archive_has_newer_comes_only_where_it_is_asked_for() {
+        let packages = [
+            ("lib", "3", ""),
+            ("lib-data", "3", "Depends: lib (= 3)"),
+            ("lib-tools", "3", "Depends: lib (= 3), lib-extra (= 3)"),
+            ("lib-extra", "3", ""),
+            ("lib-user", "3", "Depends: lib (>= 2)"),
+            ("old", "1", "Depends: lib (>= 1)"),
+            ("new", "1", "Depends: lib (>= 3)"),
+            ("newest", "1", "Depends: lib (>= 4)"),
+        ];
+        let installed = [("lib", "2"), ("lib-data", "2"), ("lib-tools", "2"), ("lib-user", "2")];
+        assert_eq!(more(&packages, &installed, &["old"]).unwrap(), ["old=1", ""]);
+        let needed = "lib=3 lib-data=3 lib-tools=3 lib-extra=3";
+        assert_eq!(more(&packages, &installed, &["new"]).unwrap(), ["new=1", needed]);
+        let error = more(&packages, &installed, &["newest"]).unwrap_err();
+        assert_eq!(error, "newest needs lib (>= 4), which is not to be had");
     }
 }

@@ -31,6 +31,8 @@ pub struct Base {
     pub cmdline: String,
     /// What it is, for people.
     pub description: String,
+    /// Names and versions of the packages in it.
+    pub packages: Vec<(String, String)>,
     /// Whether it was in the cache.
     pub cached: bool,
 }
@@ -52,7 +54,7 @@ pub fn debian(
     engine: vm::Choice,
     progress: &mut dyn Progress,
 ) -> Result<Base, Error> {
-    let options = Options { suite: Some(release.suite().into()), arch: "amd64".into(), ..options.clone() };
+    let options = release.options(options);
     let cache = Cache::open(options.cache_dir.as_deref())?;
     let Options { mirror, keyring, sysroot, .. } = &options;
     let what = format!("1 {mirror:?} {keyring:?} {sysroot:?} {CMDLINE} {}", recipe::text());
@@ -103,6 +105,7 @@ fn read(dir: &Path) -> Option<Base> {
         initrd: path(build::INITRD)?,
         cmdline: about.cmdline,
         description: about.description,
+        packages: about.packages,
         cached: true,
     })
 }

@@ -29,8 +29,10 @@ pub enum Error {
     ImageName(String),
     #[error("\"{0}\" is no name for a user; use small letters, digits, - and _, at most 32, a letter first")]
     User(String),
+    #[error("\"{0}\" is no name for a package; use small letters, digits, +, - and ., at least 2")]
+    PackageName(String),
     #[error(
-        "the virtual machine {name} is there already, and what is said of its user, keys and commands counts at its first \
+        "the virtual machine {name} is there already, and what is said of its user, keys, packages and commands counts at its first \
          start only; start it without that, or remove {}", path.display()
     )]
     Settled { name: String, path: PathBuf },

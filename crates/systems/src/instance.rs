@@ -7,6 +7,7 @@
 //! vms/NAME/base.img                          or that of an image that was fetched
 //! vms/NAME/disk.qcow2                        the overlay: all that the VM has written
 //! vms/NAME/seed.img                          name, user, keys; made anew at every start, for shares and our agent
+//! vms/NAME/packages.tar                      packages to be installed, until the first start is over
 //! vms/NAME/vm.json                           what else is to be known
 //! ```
 
@@ -22,6 +23,7 @@ use crate::Error;
 use crate::base::Base;
 use crate::build::{INITRD, KERNEL};
 use crate::kernel;
+use crate::packages::Packages;
 use crate::pulled::Pulled;
 use crate::seed::{self, Form, Settings, is_name};
 
@@ -33,6 +35,8 @@ const SEED: &str = "seed.img";
 const BASE: &str = "base.qcow2";
 /// An image that was fetched.
 const IMAGE: &str = "base.img";
+/// Packages that were fetched.
+const PACKAGES: &str = "packages.tar";
 
 /// A VM's part of a system, ready to start.
 #[derive(Debug)]
@@ -41,6 +45,8 @@ pub struct Instance {
     pub start: Start,
     /// Its disks: the system's, and the seed.
     pub disks: Vec<vm::Disk>,
+    /// One more, with the packages that it is to install: the last of all, for it is not there at later starts.
+    pub packages: Option<vm::Disk>,
     /// Its name in the network.
     pub hostname: String,
 }
@@ -57,8 +63,8 @@ pub enum Start {
 /// What a VM is made from.
 #[derive(Debug, Clone, Copy)]
 pub enum Origin<'a> {
-    /// A system that Lodge made.
-    Base(&'a Base),
+    /// A system that Lodge made, and packages beside its own.
+    Base(&'a Base, Option<&'a Packages>),
     /// An image that was fetched.
     Pulled(&'a Pulled),
 }
@@ -66,7 +72,7 @@ pub enum Origin<'a> {
 impl Origin<'_> {
     fn disk(&self) -> &Path {
         match self {
-            Origin::Base(base) => &base.disk,
+            Origin::Base(base, _) => &base.disk,
             Origin::Pulled(image) => &image.disk,
         }
     }
@@ -74,21 +80,30 @@ impl Origin<'_> {
     /// Its files, and what a VM with a name calls them: its disk first.
     fn files(&self) -> Vec<(&Path, &'static str)> {
         match self {
-            Origin::Base(base) => vec![(&base.disk, BASE), (&base.kernel, KERNEL), (&base.initrd, INITRD)],
+            Origin::Base(base, _) => {
+                vec![(&base.disk, BASE), (&base.kernel, KERNEL), (&base.initrd, INITRD)]
+            }
             Origin::Pulled(image) => vec![(&image.disk, IMAGE)],
+        }
+    }
+
+    fn packages(&self) -> Option<&Path> {
+        match self {
+            Origin::Base(_, packages) => packages.map(Packages::path),
+            Origin::Pulled(_) => None,
         }
     }
 
     fn form(&self) -> Form {
         match self {
-            Origin::Base(_) => Form::Script,
+            Origin::Base(..) => Form::Script,
             Origin::Pulled(_) => Form::CloudConfig,
         }
     }
 
     fn hostname(&self) -> &str {
         match self {
-            Origin::Base(_) => "debian",
+            Origin::Base(..) => "debian",
             Origin::Pulled(image) => image.name.split([':', '.']).next().unwrap_or_default(),
         }
     }
@@ -125,16 +140,17 @@ impl Instance {
         let overlay = dir.path().join(OVERLAY);
         disks::create(&overlay, Format::Qcow2, 0, Some(origin.disk()))?;
         let about = About::new(settings, origin.hostname(), origin)?;
-        write_seed(dir.path(), settings, origin.form(), &about)?;
+        write_seed(dir.path(), settings, origin, &about)?;
         let disks = open(dir.path(), shares)?;
+        let packages = origin.packages().map(open_packages).transpose()?;
         let start = match origin {
-            Origin::Base(base) => Start::Kernel(boot(&base.kernel, &base.initrd, &about)),
+            Origin::Base(base, _) => Start::Kernel(boot(&base.kernel, &base.initrd, &about)),
             Origin::Pulled(image) => Start::Firmware(image.about.firmware),
         };
         // The disks are open; from here on they have no names.
         let path = dir.path().to_owned();
         dir.close().map_err(Error::file(path))?;
-        Ok(Self { start, disks, hostname: about.hostname })
+        Ok(Self { start, disks, packages, hostname: about.hostname })
     }
 
     /// The VM `name`, if it was made. It mounts `shares`.
@@ -154,12 +170,14 @@ impl Instance {
         let disks = open(&dir, shares)?;
         let start = match about.firmware {
             Some(firmware) => Start::Firmware(firmware),
-            None => {
-                kernel::follow(&dir, &disks[0].image)?;
-                Start::Kernel(boot(&dir.join(KERNEL), &dir.join(INITRD), &about))
-            }
+            None => Start::Kernel(boot(&dir.join(KERNEL), &dir.join(INITRD), &about)),
         };
-        Ok(Some(Self { start, disks, hostname: about.hostname }))
+        let packages = dir.join(PACKAGES);
+        if packages.exists() && kernel::has_started(&disks[0].image, &about.id) {
+            fs::remove_file(&packages).map_err(Error::file(&packages))?;
+        }
+        let packages = packages.exists().then(|| open_packages(&packages)).transpose()?;
+        Ok(Some(Self { start, disks, packages, hostname: about.hostname }))
     }
 
     /// The VM `name`, made now. It appears whole or not at all. It mounts `shares`.
@@ -182,22 +200,33 @@ impl Instance {
             fs::hard_link(from, &to).or_else(|_| fs::copy(from, &to).map(|_| ())).map_err(Error::file(to))
         };
         let files = origin.files();
-        files.iter().try_for_each(|(from, name)| place(from, name))?;
+        let packages = origin.packages().map(|path| (path, PACKAGES));
+        files.iter().chain(&packages).try_for_each(|(from, name)| place(from, name))?;
         let below = work.path().join(files[0].1);
         disks::create(&work.path().join(OVERLAY), Format::Qcow2, 0, Some(&below))?;
         let about = About::new(settings, name, origin)?;
-        write_seed(work.path(), settings, origin.form(), &about)?;
+        write_seed(work.path(), settings, origin, &about)?;
         let text = serde_json::to_vec_pretty(&about).map_err(|error| Error::file(&dir)(error.into()))?;
         fs::write(work.path().join(ABOUT), text).map_err(Error::file(&dir))?;
         settle(work, &dir).map_err(Error::file(&dir))?;
         Self::find(name, shares)?.ok_or(Error::Name(name.into()))
+    }
+
+    /// Takes over the kernel that is on the disk by now, after an upgrade of the system: before a start without firmware.
+    pub fn follow_kernel(&self) -> Result<(), Error> {
+        match &self.start {
+            Start::Kernel(vm::Boot::Kernel { kernel, .. }) => {
+                kernel::follow(kernel.parent().unwrap_or(kernel), &self.disks[0].image)
+            }
+            _ => Ok(()),
+        }
     }
 }
 
 impl About {
     fn new(settings: &Settings, name: &str, origin: Origin<'_>) -> Result<Self, Error> {
         let (cmdline, firmware) = match origin {
-            Origin::Base(base) => (base.cmdline.clone(), None),
+            Origin::Base(base, _) => (base.cmdline.clone(), None),
             Origin::Pulled(image) => (String::new(), Some(image.about.firmware)),
         };
         Ok(Self {
@@ -214,7 +243,7 @@ fn settle(work: tempfile::TempDir, dir: &Path) -> std::io::Result<()> {
     match fs::rename(work.path(), dir) {
         // Its UEFI variables are there already. What makes it a VM comes last.
         Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty && !dir.join(ABOUT).exists() => {
-            let names = [BASE, KERNEL, INITRD, IMAGE, OVERLAY, SEED, ABOUT];
+            let names = [BASE, KERNEL, INITRD, IMAGE, OVERLAY, SEED, PACKAGES, ABOUT];
             let mut there = names.into_iter().filter(|name| work.path().join(name).exists());
             there.try_for_each(|name| fs::rename(work.path().join(name), dir.join(name)))
         }
@@ -223,7 +252,7 @@ fn settle(work: tempfile::TempDir, dir: &Path) -> std::io::Result<()> {
 }
 
 /// The directory of all VMs.
-fn vms() -> Result<PathBuf, Error> {
+pub(crate) fn vms() -> Result<PathBuf, Error> {
     let dir = data_dir()?.join("vms");
     fs::create_dir_all(&dir).map_err(Error::file(&dir))?;
     Ok(dir)
@@ -239,9 +268,10 @@ fn random_id() -> Result<String, Error> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn write_seed(dir: &Path, settings: &Settings, form: Form, about: &About) -> Result<(), Error> {
+fn write_seed(dir: &Path, settings: &Settings, origin: Origin<'_>, about: &About) -> Result<(), Error> {
     let path = dir.join(SEED);
-    let first = seed::first_start(settings, form, &about.id, &about.hostname);
+    let install = origin.packages().is_some();
+    let first = seed::first_start(settings, origin.form(), install, &about.id, &about.hostname);
     fs::write(&path, seed::make(&first).map_err(Error::file(&path))?).map_err(Error::file(&path))
 }
 
@@ -257,16 +287,21 @@ fn renew_seed(dir: &Path, shares: &[String]) -> std::io::Result<()> {
 }
 
 fn open(dir: &Path, shares: &[String]) -> Result<Vec<vm::Disk>, Error> {
-    let open = |name: &str, format, read_only| -> Result<_, Error> {
-        let image =
-            Disk::open(&dir.join(name), &Options { format: Some(format), read_only, ..Default::default() })?;
-        let serial = name.split('.').next().unwrap_or(name).into();
-        Ok(vm::Disk { image: Arc::new(image), serial, bus: vm::DiskBus::Virtio })
-    };
+    let path = |name| dir.join(name);
     // From here on nobody else has the VM.
-    let overlay = open(OVERLAY, Format::Qcow2, false)?;
-    renew_seed(dir, shares).map_err(Error::file(dir.join(SEED)))?;
-    Ok(vec![overlay, open(SEED, Format::Raw, true)?])
+    let overlay = open_disk(&path(OVERLAY), "disk", Format::Qcow2, false)?;
+    renew_seed(dir, shares).map_err(Error::file(path(SEED)))?;
+    Ok(vec![overlay, open_disk(&path(SEED), "seed", Format::Raw, true)?])
+}
+
+/// By this serial number the guest finds them.
+fn open_packages(path: &Path) -> Result<vm::Disk, Error> {
+    open_disk(path, "packages", Format::Raw, true)
+}
+
+fn open_disk(path: &Path, serial: &str, format: Format, read_only: bool) -> Result<vm::Disk, Error> {
+    let image = Disk::open(path, &Options { format: Some(format), read_only, ..Default::default() })?;
+    Ok(vm::Disk { image: Arc::new(image), serial: serial.into(), bus: vm::DiskBus::Virtio })
 }
 
 fn boot(kernel: &Path, initrd: &Path, about: &About) -> vm::Boot {

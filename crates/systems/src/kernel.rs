@@ -1,13 +1,15 @@
-//! The kernel that a system has on its own disk. After an upgrade it is another than the one beside the disk, and the modules on the
-//! disk are for it.
+//! What a VM's own disk tells, where the system on it is ours: which kernel it has, and whether its first start is over.
+//!
+//! After an upgrade the kernel is another than the one beside the disk, and the modules on the disk are for it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use disks::Disk;
-use ext4_view::{Ext4, Ext4Read};
+use ext4_view::{Ext4, Ext4Read, Metadata};
 use gpt::GptConfig;
 use gpt::disk::LogicalBlockSize::Lb512;
 use gpt::partition_types::LINUX_FS;
@@ -19,29 +21,50 @@ use crate::build::{INITRD, KERNEL};
 const LARGEST: [u64; 2] = [64 << 20, 512 << 20];
 
 /// Takes over the kernel and the initial RAM disk that the system on `disk` would be started with (its links `/vmlinuz` and
-/// `/initrd.img`, which Debian's packages keep) into the VM's directory, if it is another kernel than is there. Whether it was.
+/// `/initrd.img`, which Debian's packages keep) into the VM's directory, if it is another kernel than is there.
 ///
 /// Where the disk cannot be read in this way, since its owner has made something else of it, the VM starts as before.
-pub fn follow(dir: &Path, disk: &Arc<Disk>) -> Result<bool, Error> {
+pub fn follow(dir: &Path, disk: &Arc<Disk>) -> Result<(), Error> {
     let [kernel, initrd] = [KERNEL, INITRD].map(|name| dir.join(name));
-    let Some(system) = root(disk) else { return Ok(false) };
-    let Some(theirs) = read(&system, "/vmlinuz", LARGEST[0]) else { return Ok(false) };
-    if fs::read(&kernel).map_err(Error::file(&kernel))? == theirs {
-        return Ok(false);
+    let Some(system) = root(disk) else { return Ok(()) };
+    let Ok(about) = system.metadata("/vmlinuz") else { return Ok(()) };
+    let modified = modified(&about);
+    let ours = fs::metadata(&kernel).map_err(Error::file(&kernel))?;
+    if ours.len() == about.len() && modified.is_some() && ours.modified().ok() == modified {
+        return Ok(());
     }
-    let Some(ramdisk) = read(&system, "/initrd.img", LARGEST[1]) else { return Ok(false) };
+    let Some(theirs) = read(&system, "/vmlinuz", LARGEST[0]) else { return Ok(()) };
+    if fs::read(&kernel).map_err(Error::file(&kernel))? == theirs {
+        // By its date the next start knows it without reading it. Where that cannot be set, it is read again.
+        let _ = File::open(&kernel).and_then(|file| modified.map_or(Ok(()), |time| file.set_modified(time)));
+        return Ok(());
+    }
+    let Some(ramdisk) = read(&system, "/initrd.img", LARGEST[1]) else { return Ok(()) };
     // The kernel last: by it the next start knows that this is done.
     for (path, bytes) in [(&initrd, ramdisk), (&kernel, theirs)] {
         let put = || -> io::Result<()> {
             let mut new = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
             new.write_all(&bytes)?;
+            modified.map_or(Ok(()), |time| new.as_file().set_modified(time))?;
             new.as_file().sync_all()?;
             new.persist(path)?;
             Ok(())
         };
         put().map_err(Error::file(path))?;
     }
-    Ok(true)
+    Ok(())
+}
+
+/// Whether the first start of the machine `id` is over: its system writes that down when it has done all that the seed asks for.
+pub fn has_started(disk: &Arc<Disk>, id: &str) -> bool {
+    const LONGEST: u64 = 256;
+    let done = root(disk).and_then(|system| read(&system, "/var/lib/lodge/instance-id", LONGEST));
+    done.is_some_and(|done| done.trim_ascii() == id.as_bytes())
+}
+
+fn modified(about: &Metadata) -> Option<SystemTime> {
+    let time = about.modified();
+    SystemTime::UNIX_EPOCH.checked_add(Duration::new(time.seconds().try_into().ok()?, time.nanoseconds()))
 }
 
 /// The root file system: the last one in a partition.

@@ -45,12 +45,18 @@ pub(crate) const PACKAGES: &[&str] = &[
 pub const BUSYBOX: &str = "busybox-static";
 
 /// Files of ours, with their modes.
-const FILES: [(&str, u32, &str); 11] = [
+const FILES: [(&str, u32, &str); 12] = [
     ("usr/lib/lodge/configure", 0o755, include_str!("guest/configure.sh")),
     ("usr/lib/lodge/seed", 0o755, include_str!("guest/seed.sh")),
     ("usr/lib/systemd/system/lodge-seed.service", 0o644, include_str!("guest/seed.service")),
     ("etc/systemd/system/serial-getty@ttyS0.service.d/lodge.conf", 0o644, include_str!("guest/getty.conf")),
     ("etc/systemd/network/80-dhcp.network", 0o644, include_str!("guest/network.conf")),
+    (
+        "etc/systemd/system/systemd-networkd-wait-online.service.d/lodge.conf",
+        0o644,
+        "# Services that want a network would wait two minutes where there is no card.\n\
+         [Unit]\nConditionPathExistsGlob=/sys/class/net/e*\n",
+    ),
     (
         "etc/fstab",
         0o644,
@@ -102,6 +108,11 @@ impl Release {
             Self::Bookworm => "bookworm",
             Self::Trixie => "trixie",
         }
+    }
+
+    /// Where its packages come from.
+    pub(crate) fn options(self, options: &images::Options) -> images::Options {
+        images::Options { suite: Some(self.suite().into()), arch: "amd64".into(), ..options.clone() }
     }
 }
 

@@ -8,11 +8,14 @@ use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 use serde_json::json;
 
 use crate::Error;
+use crate::packages::check_name;
 
 /// Bytes of the file system.
 const SIZE: usize = 4 << 20;
 /// What a machine does at every start.
 const START: &str = include_str!("guest/start.sh");
+/// How a system of ours installs the packages that the host has fetched.
+const INSTALL: &str = include_str!("guest/install.sh");
 
 /// What a machine is told at its first start.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -23,6 +26,8 @@ pub struct Settings {
     pub user: Option<String>,
     /// Public keys, by which that user and root may log in.
     pub ssh_keys: Vec<String>,
+    /// Packages that are installed before the commands run.
+    pub packages: Vec<String>,
     /// Commands that are run as root, in this order.
     pub commands: Vec<String>,
     /// The password of the image's own user, or of `user`, for the console: of images that were fetched.
@@ -40,7 +45,7 @@ pub(crate) enum Form {
 
 impl Settings {
     /// Refuses names that are none.
-    pub(crate) fn check(&self) -> Result<(), Error> {
+    pub fn check(&self) -> Result<(), Error> {
         if let Some(name) = self.hostname.as_ref().filter(|name| !is_name(name, 63)) {
             return Err(Error::Name(name.clone()));
         }
@@ -51,7 +56,7 @@ impl Settings {
         };
         match self.user.as_ref().filter(|user| !small(user)) {
             Some(user) => Err(Error::User(user.clone())),
-            None => Ok(()),
+            None => self.packages.iter().try_for_each(|name| check_name(name)),
         }
     }
 
@@ -70,6 +75,9 @@ impl Settings {
             config.insert("chpasswd".into(), json!({ "expire": false }));
             config.insert("ssh_pwauth".into(), json!(false));
         }
+        if !self.packages.is_empty() {
+            config.insert("packages".into(), json!(self.packages));
+        }
         if !self.commands.is_empty() {
             config.insert("runcmd".into(), json!(self.commands));
         }
@@ -80,8 +88,8 @@ impl Settings {
         format!("#cloud-config\n{:#}\n", serde_json::Value::Object(config))
     }
 
-    /// The script for the first start.
-    fn script(&self) -> String {
+    /// The script for the first start. `install`: packages are there to be installed.
+    fn script(&self, install: bool) -> String {
         let mut text = String::from("#!/bin/sh\n# What `lodge run` was told of this machine.\n");
         let mut line = |line: String| {
             text += &line;
@@ -104,6 +112,9 @@ impl Settings {
                 line(format!("chmod 600 {home}/authorized_keys"));
             }
         }
+        if install {
+            line(INSTALL.trim_end().into());
+        }
         for command in &self.commands {
             line(format!("sh -c {} || status=$?", quote(command)));
         }
@@ -112,17 +123,19 @@ impl Settings {
     }
 }
 
-/// The seed of the machine `id`: what is for its first start, by the names of the files.
+/// The seed of the machine `id`: what is for its first start, by the names of the files. `install`: packages are there to be
+/// installed.
 pub(crate) fn first_start(
     settings: &Settings,
     form: Form,
+    install: bool,
     id: &str,
     hostname: &str,
 ) -> Vec<(&'static str, Vec<u8>)> {
     let mut meta = String::new();
     let _ = write!(meta, "instance-id: {id}\nlocal-hostname: {hostname}\n");
     let user = match form {
-        Form::Script => settings.script(),
+        Form::Script => settings.script(install),
         Form::CloudConfig => settings.cloud_config(),
     };
     vec![("meta-data", meta.into_bytes()), ("user-data", user.into_bytes())]
@@ -183,11 +196,12 @@ mod tests {
             hostname: None,
             user: Some("ada".into()),
             ssh_keys: vec!["ssh-ed25519 AAAA ada@host\n".into()],
+            packages: vec!["g++".into(), "jq".into()],
             commands: vec!["echo 'it works'".into()],
             password: Some("secret".into()),
         };
         settings.check().unwrap();
-        let first = first_start(&settings, Form::Script, "id-1", "web");
+        let first = first_start(&settings, Form::Script, true, "id-1", "web");
         let bytes = make(&first).unwrap();
         // At the next start, with another version of Lodge.
         let again = read(Cursor::new(bytes)).unwrap();
@@ -215,12 +229,16 @@ mod tests {
             "password": "secret",
             "chpasswd": { "expire": false },
             "ssh_pwauth": false,
+            "packages": ["g++", "jq"],
             "runcmd": ["echo 'it works'"],
         });
         assert_eq!(config, expected);
         assert!(script.starts_with("#!/bin/sh\n") && script.contains("useradd"), "{script}");
         assert!(script.contains("\nssh-ed25519 AAAA ada@host\nEND-OF-KEYS\n"), "{script}");
-        assert!(script.contains("sh -c 'echo '\\''it works'\\'''"), "{script}");
+        let parts = ["\ninstall_packages ||", "sh -c 'echo '\\''it works'\\'''"];
+        let [install, command] = parts.map(|part| script.find(part).expect(part));
+        assert!(install < command, "{script}");
+        assert!(!settings.script(false).contains("install_packages"));
     }
 
     #[test]
@@ -231,5 +249,9 @@ mod tests {
         }
         let settings = Settings { hostname: Some("a;b".into()), ..Settings::default() };
         assert!(settings.check().is_err());
+        for bad in ["", "a", "?jq", "jq=1", "a b", "-ab", "Jq", "../x", "jq;x"] {
+            let settings = Settings { packages: vec![bad.into()], ..Settings::default() };
+            assert!(settings.check().is_err(), "{bad}");
+        }
     }
 }

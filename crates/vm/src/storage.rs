@@ -240,7 +240,7 @@ impl Disks {
     ) -> Result<(), Refusal> {
         let (image, place) = self.begin_detaching(which, path)?;
         let given_up = match &place {
-            Some((hotplug, at)) if !force => self.ask(hotplug, *at, &image, patience),
+            Some((hotplug, at)) if !force => ask(hotplug, *at, patience, || !self.has(&image)),
             _ => Ok(()),
         };
         let mut state = self.state();
@@ -291,30 +291,8 @@ impl Disks {
         Ok((attached.disk.image.clone(), hotplug.zip(attached.at)))
     }
 
-    /// Asks the guest until it has given up the device, or a new machine has come without it.
-    fn ask(
-        &self,
-        hotplug: &Arc<HotPlug>,
-        at: Address,
-        image: &Arc<disks::Disk>,
-        patience: Duration,
-    ) -> Result<(), Refusal> {
-        if hotplug.is_ejected(at) {
-            return Ok(());
-        }
-        if !hotplug.has_listener() {
-            return Err(Refusal::NoListener);
-        }
-        hotplug.ask(at);
-        let deadline = Instant::now() + patience;
-        while Instant::now() < deadline {
-            let gone = || !self.state().disks.iter().any(|other| Arc::ptr_eq(&other.disk.image, image));
-            if hotplug.wait_ejected(at, LOOK) || gone() {
-                return Ok(());
-            }
-        }
-        hotplug.withdraw(at);
-        Err(Refusal::Kept(patience.as_secs_f64()))
+    fn has(&self, image: &Arc<disks::Disk>) -> bool {
+        self.state().disks.iter().any(|other| Arc::ptr_eq(&other.disk.image, image))
     }
 
     /// What there is.
@@ -356,6 +334,30 @@ impl Slots {
     pub(crate) fn now(&self) -> Option<(Arc<HotPlug>, Arc<Machine>, u32)> {
         Some((self.hotplug.upgrade()?, self.machine.upgrade()?, self.cpus))
     }
+}
+
+/// Asks the guest until it has given up the device at `at`, or a new machine has come without it: until it is `gone`.
+pub(crate) fn ask(
+    hotplug: &HotPlug,
+    at: Address,
+    patience: Duration,
+    gone: impl Fn() -> bool,
+) -> Result<(), Refusal> {
+    if hotplug.is_ejected(at) {
+        return Ok(());
+    }
+    if !hotplug.has_listener() {
+        return Err(Refusal::NoListener);
+    }
+    hotplug.ask(at);
+    let deadline = Instant::now() + patience;
+    while Instant::now() < deadline {
+        if hotplug.wait_ejected(at, LOOK) || gone() {
+            return Ok(());
+        }
+    }
+    hotplug.withdraw(at);
+    Err(Refusal::Kept(patience.as_secs_f64()))
 }
 
 /// Closes an image when what is under way on it has ended, so that others can open it.
