@@ -94,6 +94,25 @@ pub struct Viewer {
     zlib: Decompress,
     /// What it has seen.
     pub picture: Picture,
+    /// The guest's cursor, if that is left to the viewer.
+    pub cursor: Option<Cursor>,
+}
+
+/// A mouse cursor.
+#[derive(Debug)]
+pub struct Cursor {
+    /// Its pixels.
+    pub picture: Picture,
+    /// A bit for each pixel that is to be seen, rows of whole bytes, first pixel uppermost.
+    pub mask: Vec<u8>,
+    /// The pixel that points.
+    pub hot: (usize, usize),
+}
+
+/// Pixels as this viewer gets them: four bytes, blue first.
+fn picture(width: usize, bytes: &[u8]) -> Picture {
+    let pixels = bytes.chunks_exact(4).map(|p| u32::from_le_bytes([p[0], p[1], p[2], 0])).collect();
+    Picture { width, pixels }
 }
 
 /// Pixels one by one.
@@ -107,7 +126,7 @@ impl Viewer {
         let stream = UnixStream::connect(path).expect("the server listens");
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
         let picture = Picture { width: 1, pixels: vec![0] };
-        let mut this = Self { stream, zlib: Decompress::new(true), picture };
+        let mut this = Self { stream, zlib: Decompress::new(true), picture, cursor: None };
         assert_eq!(this.take(12), b"RFB 003.008\n");
         this.send(b"RFB 003.008\n");
         assert_eq!(this.take(2), [1, 1], "no password");
@@ -119,9 +138,9 @@ impl Viewer {
         assert_eq!(this.take(16)[..4], [32, 24, 0, 1]);
         let name = this.word() << 16 | this.word();
         this.take(name as usize);
-        // It understands another size of the screen.
-        let list: Vec<u8> = [encoding, -223].iter().flat_map(|n| n.to_be_bytes()).collect();
-        this.send(&[&[2, 0, 0, 2][..], &list].concat());
+        // It understands another size of the screen, and cursors.
+        let list: Vec<u8> = [encoding, -223, -239].iter().flat_map(|n| n.to_be_bytes()).collect();
+        this.send(&[&[2, 0, 0, 3][..], &list].concat());
         this
     }
 
@@ -140,6 +159,12 @@ impl Viewer {
         for down in [1, 0] {
             self.send(&[&[4, down, 0, 0][..], &keysym.to_be_bytes()].concat());
         }
+    }
+
+    /// The mouse is at `x` and `y`, with these buttons down: from bit 0 left, middle, right, wheel up, wheel down.
+    pub fn point(&mut self, x: u16, y: u16, buttons: u8) {
+        let [x, y] = [x, y].map(u16::to_be_bytes);
+        self.send(&[&[5, buttons][..], &x, &y].concat());
     }
 
     /// Asks for a screen of this size.
@@ -171,11 +196,15 @@ impl Viewer {
                     resized = true;
                     continue;
                 }
+                -239 => {
+                    let bytes = self.take(width * height * 4);
+                    let mask = self.take(width.div_ceil(8) * height);
+                    self.cursor = Some(Cursor { picture: picture(width, &bytes), mask, hot: (x, y) });
+                    continue;
+                }
                 other => panic!("encoding {other} was not asked for"),
             };
-            let pixels: Vec<u32> =
-                bytes.chunks_exact(4).map(|p| u32::from_le_bytes([p[0], p[1], p[2], 0])).collect();
-            for (row, from) in pixels.chunks_exact(width).enumerate() {
+            for (row, from) in picture(width, &bytes).pixels.chunks_exact(width).enumerate() {
                 self.picture.pixels[(y + row) * self.picture.width + x..][..width].copy_from_slice(from);
             }
         }

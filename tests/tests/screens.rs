@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use lodge_tests::bootable::{self, ENTRY, Kind};
 use lodge_tests::screen::{Picture, RAW, Viewer, ZLIB};
-use lodge_tests::{Running, Scratch, lodge, start_typing, start_with};
+use lodge_tests::{Running, Scratch, lodge, start_typing, start_with, target};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -242,6 +242,100 @@ fn the_debian_installer_is_seen_by_virtio() {
     viewer.look();
     viewer.resize(800, 600);
     bed.until_picture("it has 800 by 600 pixels", |picture| picture.size() == (800, 600));
+    bed.end();
+}
+
+/// Debian's kernel for all PCs, with drivers of screens and mice, and `seat` (`guests/work`); in it runs `script`.
+fn with_drivers(scratch: Scratch, display: &str, script: &str) -> Option<Bed> {
+    const DRIVERS: [&str; 8] = [
+        "virtio_dma_buf",
+        "drm",
+        "drm_kms_helper",
+        "drm_shmem_helper",
+        "virtio-gpu",
+        "virtio_input",
+        "evdev",
+        "psmouse",
+    ];
+    let options = images::Options { suite: Some("trixie".into()), ..images::Options::default() };
+    let patterns = DRIVERS.map(|name| format!("*/{name}.ko*"));
+    let patterns: Vec<&str> =
+        ["boot/vmlinuz-*"].into_iter().chain(patterns.iter().map(String::as_str)).collect();
+    let found = images::Source::new(&options).and_then(|mut source| {
+        let kernel = source.files(&["linux-image-amd64"], &patterns, &mut images::Silent)?;
+        let busybox = source.files(&["busybox-static"], &["*bin/busybox"], &mut images::Silent)?;
+        Ok((kernel.files, busybox.files))
+    });
+    let (kernel, busybox) = match found {
+        Ok(found) => found,
+        Err(error) => {
+            println!("skipped: {error}");
+            return None;
+        }
+    };
+    let seat = target().join("x86_64-unknown-linux-gnu/release/seat");
+    assert!(seat.exists(), "{} is missing: build it with `cargo xtask guests`", seat.display());
+    let mut initrd = images::initramfs(&std::fs::read(&busybox[0].stored).expect("the cache can be read"));
+    initrd.file("bin/seat", 0o755, &std::fs::read(&seat).expect("it can be read"));
+    initrd.dir("lib/drivers", 0o755);
+    for (n, module) in kernel[1..].iter().enumerate() {
+        initrd.file(&format!("lib/drivers/{n}.ko"), 0o644, &module.module().expect("a module"));
+    }
+    let load = "for module in /lib/drivers/*; do insmod $module; done";
+    initrd.file("etc/test", 0o755, format!("#!/bin/sh\n{load}\n{script}").as_bytes());
+    let initrd = scratch.file("initrd", &initrd.finish());
+    let args = ["--engine", "translate", "--display", display, "--kernel"];
+    let [kernel, initrd] = [&kernel[0].stored, &initrd].map(|path| path.to_str().expect("a plain name"));
+    let cmdline = "console=ttyS0 quiet cryptomgr.notests panic=-1 lodge.exec=/etc/test";
+    let more = [kernel, "--initrd", initrd, "--cmdline", cmdline];
+    Some(Bed::start(scratch, &[&args[..], &more].concat()))
+}
+
+/// What a viewer does with its mouse reaches a PS/2 mouse's driver.
+#[test]
+fn linux_hears_a_ps2_mouse_and_its_wheel() {
+    let script = "until grep -q Mouse /proc/bus/input/devices; do sleep 0.1; done\n\
+                  seat events /dev/input/$(grep -A 4 Mouse /proc/bus/input/devices | grep -o 'event[0-9]*')\n";
+    let Some(bed) = with_drivers(Scratch::new("mouse"), "vga", script) else { return };
+    bed.vm().line("listening", PATIENCE);
+    let mut viewer = Viewer::connect(&bed.socket(), RAW);
+    // Where the viewer's mouse comes in is nowhere for a mouse that tells of moves only.
+    viewer.point(100, 100, 0);
+    // Moves (type 2) to the right and up, the left button (0x110), and the wheel (8) up and down.
+    let done: [(u16, u16, u8, &[&str]); 6] = [
+        (130, 60, 0, &["2 0 30", "2 1 -40"]),
+        (130, 60, 1, &["1 272 1"]),
+        (130, 60, 0, &["1 272 0"]),
+        (130, 60, 8, &["2 8 1"]),
+        (130, 60, 0, &[]),
+        (130, 60, 16, &["2 8 -1"]),
+    ];
+    for (x, y, buttons, events) in done {
+        viewer.point(x, y, buttons);
+        for event in events {
+            assert_eq!(bed.vm().line(event, PATIENCE), *event);
+        }
+    }
+    bed.end();
+}
+
+/// The display adapter's cursor is the viewer's, and what is typed reaches a shell by virtio-input.
+#[test]
+fn linux_has_a_cursor_of_its_own_and_a_keyboard_by_virtio() {
+    let script = "until [ -e /dev/dri/card0 ]; do sleep 0.1; done\nseat cursor /dev/dri/card0 &\n\
+                  setsid -c sh -i </dev/tty1 >/dev/tty1 2>&1\n";
+    let Some(bed) = with_drivers(Scratch::new("cursor"), "virtio", script) else { return };
+    bed.vm().line("the cursor is shown", PATIENCE);
+    let mut viewer = Viewer::connect(&bed.socket(), ZLIB);
+    viewer.look();
+    let cursor = viewer.cursor.expect("the guest has one");
+    assert_eq!((cursor.picture.size(), cursor.hot), ((64, 64), (7, 9)));
+    let at =
+        |x: usize, y: usize| (cursor.picture.pixels[y * 64 + x], cursor.mask[y * 8 + x / 8] << (x % 8) >> 7);
+    assert_eq!([at(0, 0), at(15, 15)], [(0x12_3456, 1); 2]);
+    assert_eq!([at(16, 0).1, at(0, 16).1, at(63, 63).1], [0; 3]);
+    bed.ask(&["type", "vm", "echo \"It's $((6 * 7)) <by> {virtio}|~\" >/dev/ttyS0\n"]);
+    bed.vm().line("It's 42 <by> {virtio}|~", PATIENCE);
     bed.end();
 }
 

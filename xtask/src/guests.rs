@@ -1,4 +1,4 @@
-//! Builds the bare-metal guests of `guests/bare`, and the benchmark program `guests/work`.
+//! Builds the bare-metal guests of `guests/bare`, and the programs of `guests/work`.
 
 use std::{
     env,
@@ -45,7 +45,7 @@ fn cargo(dir: &str) -> Command {
     command
 }
 
-/// Builds the benchmark program, which runs on the host and needs nothing of a guest but a kernel; gives its path.
+/// Builds the benchmark program, which runs on the host and needs nothing of a guest but a kernel, and `seat`; gives the former's path.
 pub fn build_work() -> Result<PathBuf> {
     // With a target named, the flags are for the program alone, not for what builds it.
     const TARGET: &str = "x86_64-unknown-linux-gnu";

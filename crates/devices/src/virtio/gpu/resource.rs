@@ -32,11 +32,12 @@ impl Rect {
     }
 }
 
-/// Where red, green, blue and opacity are among a pixel's four bytes; without opacity all are opaque.
+/// Where red, green, blue and opacity are among a pixel's four bytes. Only cursors have opacity; Linux makes them in formats that by
+/// their names have none (`X8`), with it in the byte that is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Format {
     colours: [u8; 3],
-    opacity: Option<u8>,
+    opacity: u8,
 }
 
 impl Format {
@@ -44,14 +45,10 @@ impl Format {
     pub fn of(number: u32) -> Option<Self> {
         let format = |r, g, b, opacity| Some(Self { colours: [r, g, b], opacity });
         match number {
-            1 => format(2, 1, 0, Some(3)),   // B8G8R8A8
-            2 => format(2, 1, 0, None),      // B8G8R8X8
-            3 => format(1, 2, 3, Some(0)),   // A8R8G8B8
-            4 => format(1, 2, 3, None),      // X8R8G8B8
-            67 => format(0, 1, 2, Some(3)),  // R8G8B8A8
-            68 => format(3, 2, 1, None),     // X8B8G8R8
-            121 => format(3, 2, 1, Some(0)), // A8B8G8R8
-            134 => format(0, 1, 2, None),    // R8G8B8X8
+            1 | 2 => format(2, 1, 0, 3),    // B8G8R8A8, B8G8R8X8
+            3 | 4 => format(1, 2, 3, 0),    // A8R8G8B8, X8R8G8B8
+            67 | 134 => format(0, 1, 2, 3), // R8G8B8A8, R8G8B8X8
+            68 | 121 => format(3, 2, 1, 0), // X8B8G8R8, A8B8G8R8
             _ => None,
         }
     }
@@ -59,7 +56,7 @@ impl Format {
     fn pixel(self, bytes: [u8; 4]) -> u32 {
         let at = |n: u8| u32::from(bytes[usize::from(n & 3)]);
         let [r, g, b] = self.colours.map(at);
-        self.opacity.map_or(0xff, at) << 24 | r << 16 | g << 8 | b
+        at(self.opacity) << 24 | r << 16 | g << 8 | b
     }
 }
 
