@@ -30,13 +30,29 @@ pub trait Link: Send + Sync {
     fn room(&self) {}
 }
 
+/// What a guest does itself with frames that it gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// It takes frames whose checksums are to be computed.
+    pub checksum: bool,
+    /// And long TCP segments over IPv4.
+    pub tso4: bool,
+    /// And over IPv6.
+    pub tso6: bool,
+}
+
 /// A network device, as the cable sees it.
-pub(crate) trait Receiver: Send + Sync {
+pub trait Receiver: Send + Sync {
     /// Takes a frame. False if there is no room: the device then tells the link when there is.
     fn deliver(&self, header: Header, frame: &[u8]) -> bool;
 
     /// The cable is there, or not.
     fn set_up(&self, up: bool);
+
+    /// What the driver has agreed to; it may change with the next driver.
+    fn offloads(&self) -> Offloads {
+        Offloads::default()
+    }
 }
 
 /// The guest's end, as its link has it: any thread may use it. Without a device it takes and forgets all.
@@ -44,7 +60,8 @@ pub(crate) trait Receiver: Send + Sync {
 pub struct Guest(Option<Weak<dyn Receiver>>);
 
 impl Guest {
-    pub(crate) fn new(device: Weak<dyn Receiver>) -> Self {
+    /// The end at which this device is.
+    pub fn new(device: Weak<dyn Receiver>) -> Self {
         Self(Some(device))
     }
 
@@ -53,6 +70,12 @@ impl Guest {
     pub fn deliver(&self, header: &Header, frame: &[u8]) -> bool {
         let device = self.0.as_ref().and_then(Weak::upgrade);
         device.is_none_or(|device| device.deliver(*header, frame))
+    }
+
+    /// What the guest does itself with frames: longer ones are delivered to nobody.
+    pub fn offloads(&self) -> Offloads {
+        let device = self.0.as_ref().and_then(Weak::upgrade);
+        device.map(|device| device.offloads()).unwrap_or_default()
     }
 
     /// Tells the guest that the cable is there, or not.

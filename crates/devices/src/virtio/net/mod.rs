@@ -16,7 +16,7 @@ use virtio_bindings::virtio_net as b;
 use super::{Broken, Device, In, Out, Wires};
 use crate::dma::le16;
 use crate::lock;
-pub use crate::net::{ETHERNET, Guest, HEADER, Header, LONGEST_FRAME, Link, Mac, Segments};
+pub use crate::net::{ETHERNET, Guest, HEADER, Header, LONGEST_FRAME, Link, Mac, Offloads, Segments};
 use crate::net::{Receiver, queue_of};
 use filter::Filter;
 
@@ -97,6 +97,15 @@ impl Receiver for Shared {
     fn set_up(&self, up: bool) {
         lock(&self.state).up = up;
         self.wires.get().into_iter().for_each(Wires::config_changed);
+    }
+
+    fn offloads(&self) -> Offloads {
+        let state = lock(&self.state);
+        Offloads {
+            checksum: state.has(b::VIRTIO_NET_F_GUEST_CSUM),
+            tso4: state.has(b::VIRTIO_NET_F_GUEST_TSO4),
+            tso6: state.has(b::VIRTIO_NET_F_GUEST_TSO6),
+        }
     }
 
     fn deliver(&self, header: Header, frame: &[u8]) -> bool {
