@@ -65,8 +65,9 @@ pub fn run(args: &Args) -> Result<()> {
 fn setup(args: &Args) -> Result<(Setup, String)> {
     let programs = args.programs.clone();
     let guest = args.own.guest(&programs, &args.arch)?;
-    let setup = Setup { programs, kernel: guest.kernel, initrd: guest.initrd, cmdline: guest.cmdline };
-    Ok((setup, guest.description))
+    let images::Guest { kernel, initrd, cmdline, description, .. } = guest;
+    let setup = Setup { programs, kernel, initrd, cmdline, network: "none" };
+    Ok((setup, description))
 }
 
 fn start(setup: &Setup, engine: &str) -> Result<Start> {

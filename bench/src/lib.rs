@@ -6,5 +6,7 @@ pub mod cpu;
 pub mod disk;
 pub mod fuzz;
 pub mod monitor;
+pub mod network;
+pub mod rates;
 pub mod sequences;
 pub mod start;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use lodge_bench::{boot, cpu, disk, fuzz, sequences, start};
+use lodge_bench::{boot, cpu, disk, fuzz, network, sequences, start};
 
 #[derive(Parser)]
 #[command(about = "Every published figure comes from here")]
@@ -54,6 +54,8 @@ enum Command {
     Start(start::Args),
     /// Reads and writes of a virtual disk, beside QEMU's translator
     Disk(disk::Args),
+    /// TCP through the network that needs no rights, beside QEMU's
+    Network(network::Args),
 }
 
 fn main() -> Result<()> {
@@ -65,6 +67,7 @@ fn main() -> Result<()> {
         Command::Cpu(args) => cpu::run(&args),
         Command::Start(args) => start::run(&args),
         Command::Disk(args) => disk::run(&args),
+        Command::Network(args) => network::run(&args),
     }
 }
 

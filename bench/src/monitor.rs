@@ -19,6 +19,11 @@ pub const READY: &str = "Lodge: Linux";
 
 /// What QEMU is called here, and which accelerator it then uses.
 pub const QEMU: [(&str, &str); 2] = [("tcg", "tcg"), ("qemu-kvm", "kvm")];
+/// Whether that is an engine of QEMU's.
+pub fn is_qemu(engine: &str) -> bool {
+    QEMU.iter().any(|(name, _)| *name == engine)
+}
+
 /// What guest RAM is called among a process's mappings: Lodge's and QEMU's.
 const GUEST_RAM: [&str; 2] = ["memfd:lodge-guest", "memfd:memory-backend-memfd"];
 
@@ -112,6 +117,8 @@ pub struct Setup {
     pub initrd: PathBuf,
     /// The kernel's command line.
     pub cmdline: String,
+    /// What Lodge's network card is connected to. QEMU has none unless one is added.
+    pub network: &'static str,
 }
 
 impl Setup {
@@ -134,6 +141,7 @@ impl Setup {
         } else {
             command = Command::new(self.programs.lodge()?);
             command.args(["run", "--engine", engine, "--memory", "512M", "--no-reboot", "--cpus"]).arg(cpus);
+            command.args(["--network", self.network]);
             command.arg("--cmdline");
         }
         command.arg(&self.cmdline);

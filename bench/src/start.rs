@@ -71,7 +71,8 @@ fn start(args: &Args, engine: &str, base: &Base) -> Result<(f64, f64)> {
         qemu(args, base, scratch.path())?
     } else {
         let mut command = Command::new(args.programs.lodge()?);
-        command.arg("run").arg(format!("debian:{}", args.release)).args(["--engine", engine, "--cpus"]);
+        command.arg("run").arg(format!("debian:{}", args.release)).args(["--engine", engine]);
+        command.args(["--network", "none", "--cpus"]);
         command.arg(args.programs.cpus.to_string()).env("LODGE_DATA_DIR", scratch.path());
         command.args(args.firmware.iter().flat_map(|firmware| ["--firmware", firmware]));
         command

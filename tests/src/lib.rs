@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bootable;
+pub mod namespaces;
 pub mod screen;
 
 use std::ffi::OsStr;

@@ -25,7 +25,7 @@ enum Command {
     Test(test::Args),
     /// Build the bare-metal guests that tests run, and the benchmark program
     Guests,
-    /// Figures: cpu, disk, fuzz, sequences, boot, mips (see `cargo xtask bench help`)
+    /// Figures: cpu, disk, network, fuzz, sequences, boot, mips (see `cargo xtask bench help`)
     Bench {
         /// What to measure, and how
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -67,7 +67,7 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
             "mips",
         ]));
     }
-    if args.first().is_some_and(|a| a == "cpu" || a == "disk") {
+    if args.first().is_some_and(|a| ["cpu", "disk", "network"].contains(&a.as_str())) {
         guests::build_work()?;
     }
     sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;

@@ -7,15 +7,15 @@
 mod table;
 
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use images::cpio::Cpio;
 
 use crate::monitor::{self, Programs, Running, Setup};
+use crate::rates::{self, Guest};
 
 /// `lodge-bench cpu`.
 #[derive(Debug, clap::Args)]
@@ -79,31 +79,14 @@ type Workload = (String, String);
 /// Something cannot be started, or an engine fails or gives another checksum than the others; then after all else is
 /// done.
 pub fn run(args: &Args) -> Result<()> {
-    let work = match &args.work {
-        Some(path) => path.clone(),
-        None => monitor::sibling("../x86_64-unknown-linux-gnu/release/work")?,
-    };
+    let work = args.work.clone().map_or_else(rates::work, Ok)?;
     let workloads = workloads(&work, &args.only)?;
     let guest = args.programs.guest("amd64")?;
-    // The kernel unpacks several archives one after the other.
-    let mut image = std::fs::read(&guest.initrd)?;
-    let program = std::fs::read(&work).with_context(|| format!("cannot read {}", work.display()))?;
-    let mut more = Cpio::new();
-    more.file("bin/work", 0o755, &program);
-    image.extend(more.finish());
-    let mut initrd = tempfile::NamedTempFile::new()?;
-    initrd.write_all(&image)?;
-    let setup = Setup {
-        programs: args.programs.clone(),
-        kernel: guest.kernel,
-        initrd: initrd.path().to_owned(),
-        cmdline: format!("{} lodge.exec=\"work --serve\"", guest.cmdline),
-    };
-    setup.programs.introduce(&guest.description, 512);
+    let guest = Guest::new(guest, &args.programs, &work, "--serve")?;
     println!("size {} %, medians of {}", args.size, args.rounds);
     let mut places: Vec<Place> = Vec::new();
     for engine in &args.engine {
-        match Place::start(engine, &setup, &work) {
+        match Place::start(engine, &guest.setup, &work) {
             Ok(place) => places.push(place),
             Err(error) => println!("{engine}: skipped: {error:#}"),
         }

@@ -378,6 +378,18 @@ pub struct Run {
     #[arg(long, value_name = "DIR[:TAG][,readonly]", help_heading = "Disks", value_parser = crate::share::parse)]
     pub share: Vec<crate::share::Share>,
 
+    /// What a network card is connected to: `user` (the default: the guest reaches what this host reaches, nobody reaches the guest) or
+    /// `none`. There may follow: `model=` (virtio, e1000), `mac=`, `net=` (its addresses, such as 10.0.9.0/24). May be given several times
+    #[arg(long, value_name = "KIND[,OPTION…]", help_heading = "Network", value_parser = crate::network::parse)]
+    pub network: Vec<crate::network::Network>,
+    /// A port of this host's that leads to one of the guest's. Other machines reach it only with their side's ADDRESS before it, such
+    /// as 0.0.0.0. May be given several times
+    #[arg(long, value_name = "[ADDRESS:]PORT:GUEST_PORT[/udp]", help_heading = "Network", value_parser = crate::network::parse_forward)]
+    pub forward: Vec<networks::user::Forward>,
+    /// Let the guest reach what listens on this host's loopback alone, at its gateway's address (10.0.2.2)
+    #[arg(long, help_heading = "Network")]
+    pub host_access: bool,
+
     /// The machine's name in the network [default: that of the virtual machine, or `debian`]
     #[arg(long, value_name = "NAME", help_heading = "A whole system's first start")]
     pub hostname: Option<String>,

@@ -9,6 +9,7 @@ mod exec;
 mod firmware;
 mod host;
 mod image;
+mod network;
 mod progress;
 mod report;
 mod run;

@@ -266,8 +266,10 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
     let firmware = matches!(boot, Boot::Firmware(_));
     disks.extend(crate::disk::open(disk.iter().chain(&args.disk))?);
     disks.extend(packages);
+    let name = args.name.clone().unwrap_or_else(|| name_of(&boot));
     Ok(Config {
-        name: args.name.clone().unwrap_or_else(|| name_of(&boot)),
+        nics: Arc::new(crate::network::open(args, &name)?.into()),
+        name,
         engine,
         model: args.cpu.map(|cpu| match cpu {
             Cpu::V2 => Model::V2,
@@ -279,7 +281,6 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
         memory: memory.size,
         boot,
         disks: Arc::new(disks.into()),
-        nics: Arc::default(),
         cdroms: crate::disk::open_cds(&args.cdrom)?,
         shares: crate::share::open(&args.share)?,
         sockets: Arc::default(),

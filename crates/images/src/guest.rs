@@ -14,6 +14,7 @@ use crate::source::{PackageFile, PackageFiles, Source};
 const INIT: &str = include_str!("guest/init.sh");
 const INITTAB: &str = include_str!("guest/inittab");
 const SESSION: &str = include_str!("guest/session.sh");
+const DHCP: &str = include_str!("guest/dhcp.sh");
 /// The kernel's command line. Without the self-tests of its cryptography, which take half of the start where every
 /// instruction is executed by software, and which a system that keeps no secrets can do without.
 const CMDLINE: &str = "console=ttyS0 quiet cryptomgr.notests";
@@ -167,6 +168,7 @@ pub fn initramfs(busybox: &[u8]) -> Cpio {
     image.device("dev/console", 0o600, 5, 1);
     image.file("bin/busybox", 0o755, busybox).file("init", 0o755, INIT.as_bytes());
     image.file("etc/inittab", 0o644, INITTAB.as_bytes()).file("etc/session", 0o755, SESSION.as_bytes());
+    image.file("etc/dhcp", 0o755, DHCP.as_bytes());
     image.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n").file(
         "etc/group",
         0o644,

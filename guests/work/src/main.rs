@@ -11,19 +11,21 @@
 //! checksum depends on the iterations alone, on no machine.
 //!
 //! `work --disk DEVICE` takes lines for a block device instead, for `cargo xtask bench disk`: `seq-read-1 1000` reads in sequence
-//! for a second, one request at a time; the answer has the bytes of a request in place of a checksum.
+//! for a second, one request at a time; the answer has the bytes of a request in place of a checksum. `work --net ADDRESS:PORT` does the
+//! same with a peer there, for `cargo xtask bench network`.
 
 mod disk;
 mod float;
 mod integer;
 mod jit;
+mod net;
 mod parallel;
 mod sys;
 mod system;
 mod tool;
 
 use std::io::{BufRead, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A workload: its category, its name, how many iterations make 50 to 100 ms on a processor of 2021, and what they do,
 /// which gives a checksum.
@@ -71,8 +73,8 @@ fn main() {
             // What `exec` starts.
             "--exit" => return,
             "--list" => return WORKLOADS.iter().for_each(|w| println!("{} {}", w.1, w.0)),
-            "--disk" => match arguments.next() {
-                Some(path) => return take_disk_orders(&path),
+            "--disk" | "--net" => match arguments.next() {
+                Some(at) => return serve_at(&argument, &at),
                 None => false,
             },
             "--serve" => {
@@ -123,16 +125,24 @@ fn take_orders() {
     }
 }
 
-/// Does with a block device what is asked for on standard input: `ORDER MILLISECONDS`, see [`disk`].
-fn take_disk_orders(path: &str) {
+/// Takes orders for a disk or a peer, once it is there.
+fn serve_at(kind: &str, at: &str) {
     sys::terminal_without_echo();
-    let device = disk::open(path);
+    if kind == "--disk" {
+        let device = disk::open(at);
+        take_timed_orders(|order, time| disk::run(&device, order, time));
+    } else {
+        let peer = net::open(at);
+        take_timed_orders(|order, time| net::run(peer, order, time));
+    }
+}
+
+/// Does what is asked for on standard input: `ORDER MILLISECONDS`, see [`disk`] and [`net`].
+fn take_timed_orders(run: impl Fn(&str, Duration) -> Option<String>) {
     say("ready");
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let order = line.split_once(' ').and_then(|(order, time)| Some((order, time.trim().parse().ok()?)));
-        match order
-            .and_then(|(order, time)| disk::run(&device, order, std::time::Duration::from_millis(time)))
-        {
+        match order.and_then(|(order, time)| run(order, Duration::from_millis(time))) {
             Some(answer) => say(&answer),
             None => say(&format!("{line} absent no such order")),
         }
