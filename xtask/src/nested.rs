@@ -70,14 +70,13 @@ pub fn run(args: &Args) -> Result<()> {
         Job::new("memory comes and goes, and over a reset", "/memory.sh", 240)
             .expecting("the guest grew, and again after the reset")
             .expecting("the host has its memory back"),
+        // Some two minutes, and more beside other work.
+        Job::new("a Debian from its disk", "/debian.sh", 600).expecting("ext4").expecting("10.0.2.15/24"),
         Job::new("SATA, and a 32-bit kernel", "/sata.sh", 120).expecting("the disk has what the CD had"),
     ]);
     if let Some(only) = &args.only {
-        // These take longer than there is time for when all jobs run.
-        jobs.extend([
-            Job::new("a Debian from its disk", "/debian.sh", 600),
-            Job::new("a Debian from its disk, by firmware", "/debian.sh --firmware bios", 600),
-        ]);
+        // This takes longer than there is time for when all jobs run.
+        jobs.push(Job::new("a Debian from its disk, by firmware", "/debian.sh --firmware bios", 600));
         jobs.retain(|job| job.name.contains(only));
         ensure!(!jobs.is_empty(), "no job of the nested bed has {only:?} in its name");
     }
