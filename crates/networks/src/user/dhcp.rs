@@ -13,8 +13,15 @@ const CLIENT: u16 = 68;
 /// Seconds that an address is the guest's. Nobody else ever gets it.
 const LEASE: u32 = 86_400;
 
+/// Where a message has the length of the client's address.
+const HLEN: usize = 2;
+
 /// Answers a message. False if it makes no sense.
 pub fn serve(message: &[u8], plan: &Plan, search: &[String], outlet: &mut Outlet) -> bool {
+    // dhcproto believes any length of the client's address.
+    if message.get(HLEN).is_none_or(|len| usize::from(*len) != outlet.mac().len()) {
+        return false;
+    }
     let Ok(request) = Message::from_bytes(message) else { return false };
     let Some(kind) = request.opts().msg_type() else { return false };
     if request.opcode() != Opcode::BootRequest || request.chaddr() != outlet.mac() {

@@ -21,10 +21,12 @@ use smoltcp::wire::{
 
 use super::outlet::{MTU, Outlet};
 
-/// How long a guest has to answer a connection to it.
+/// How long a guest has to open a connection, or to answer one to it.
 const PATIENCE: smoltcp::time::Duration = smoltcp::time::Duration::from_secs(60);
 /// Bytes of the longest packet that the guest takes to pieces itself.
 const LONGEST: NonZeroUsize = NonZeroUsize::new(65_535).unwrap();
+/// How soon a connection is looked at again, at the earliest.
+const SOON: Duration = Duration::from_millis(1);
 /// Where a TCP header has its checksum.
 const CHECKSUM: u16 = 16;
 
@@ -42,9 +44,11 @@ pub struct Flow {
     /// The host's socket may have something, or take something.
     readable: bool,
     writable: bool,
-    /// The guest has ended its direction, and the host's socket knows.
+    /// The guest has ended its direction.
+    ended: bool,
+    /// And the host's socket knows.
     shut: bool,
-    /// The guest opened it, or has answered.
+    /// The guest has answered.
     established: bool,
 }
 
@@ -152,7 +156,6 @@ impl Flow {
         let mut flow = Self::new(host, peer, size, outlet);
         // The address is not unspecified, and the socket is new: it can listen.
         let _ = flow.socket().listen(peer);
-        flow.established = true;
         flow
     }
 
@@ -166,7 +169,6 @@ impl Flow {
     ) -> Self {
         let mut flow = Self::new(host, peer, size, outlet);
         let socket = flow.sockets.get_mut::<Socket<'_>>(flow.handle);
-        socket.set_timeout(Some(PATIENCE));
         let _ = socket.connect(flow.interface.context(), to, peer);
         flow
     }
@@ -186,6 +188,7 @@ impl Flow {
         let buffer = || SocketBuffer::new(vec![0; size]);
         let mut socket = Socket::new(buffer(), buffer());
         socket.set_nagle_enabled(false);
+        socket.set_timeout(Some(PATIENCE));
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);
         Self {
@@ -197,6 +200,7 @@ impl Flow {
             offloads,
             readable: true,
             writable: true,
+            ended: false,
             shut: false,
             established: false,
         }
@@ -216,6 +220,10 @@ impl Flow {
     /// to do that at the latest; none if the connection has ended.
     pub fn go_on(&mut self, packet: Option<&[u8]>, outlet: &mut Outlet) -> Option<Due> {
         let now = Instant::now();
+        if self.is_rest() {
+            self.move_bytes();
+            return self.is_rest().then_some(None);
+        }
         let mut pipe = Pipe { packet, outlet, offloads: self.offloads, kind: self.kind };
         if packet.is_some() {
             self.interface.poll_ingress_single(now, &mut pipe, &mut self.sockets);
@@ -228,8 +236,9 @@ impl Flow {
             }
         }
         match self.socket().state() {
-            // What the guest might still ask, a reset answers as well.
-            State::Closed | State::TimeWait => {
+            _ if self.is_rest() => Some(None),
+            // What the guest might still ask, a reset answers as well. One that listens has been reset before it was open.
+            State::Closed | State::TimeWait | State::Listen => {
                 if !self.shut {
                     // Not an end, but a reset: the host's peer is to know.
                     let _ = sockopt::set_socket_linger(&self.host, Some(Duration::ZERO));
@@ -240,9 +249,21 @@ impl Flow {
             _ if outlet.is_full() => Some(None),
             _ => Some(self.interface.poll_at(now, &self.sockets).map(|at| {
                 let left = at.total_micros().saturating_sub(now.total_micros());
-                std::time::Instant::now() + Duration::from_micros(left.max(0) as u64)
+                std::time::Instant::now() + Duration::from_micros(left.max(0) as u64).max(SOON)
             })),
         }
+    }
+
+    /// Whether both ends have ended it, but the host's socket has not taken all: the guest has nothing more to do with it.
+    fn is_rest(&mut self) -> bool {
+        let ended = self.ended && !self.shut;
+        ended && matches!(self.socket().state(), State::Closed | State::TimeWait) && self.socket().can_recv()
+    }
+
+    /// The host's socket has failed, and with it all that was to go there.
+    fn fail(&mut self) {
+        self.ended = false;
+        self.socket().abort();
     }
 
     /// Moves bytes between both halves. Whether something has changed.
@@ -256,6 +277,12 @@ impl Flow {
             self.established = true;
             socket.set_timeout(None);
         }
+        self.ended |=
+            matches!(socket.state(), State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
+        // One that was given up has nothing to say, though it may have bytes left.
+        if socket.state() == State::Closed && !self.ended {
+            return false;
+        }
         while self.writable && socket.can_recv() {
             let host = &mut self.host;
             let written = socket.recv(|bytes| match host.write(bytes) {
@@ -267,16 +294,12 @@ impl Flow {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 _ => {
-                    socket.abort();
+                    self.fail();
                     return true;
                 }
             }
         }
-        let over = matches!(
-            socket.state(),
-            State::CloseWait | State::LastAck | State::Closing | State::TimeWait | State::Closed
-        );
-        if over && !self.shut && !socket.can_recv() && socket.state() != State::Closed {
+        if self.ended && !self.shut && !socket.can_recv() {
             self.shut = true;
             let _ = self.host.shutdown(std::net::Shutdown::Write);
         }
@@ -296,7 +319,7 @@ impl Flow {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 _ => {
-                    socket.abort();
+                    self.fail();
                     return true;
                 }
             }

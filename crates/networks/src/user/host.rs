@@ -69,9 +69,14 @@ impl Host {
         Ok(host)
     }
 
-    /// Watches a socket until it is closed. It is told of when something changes; who does not read all has to remember that.
+    /// Watches a socket until it is closed. Of those for connections it is told when something changes; who does not read all
+    /// has to remember that.
     pub fn watch(&self, socket: impl AsFd, token: Token) -> io::Result<()> {
-        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        let flags = match token {
+            // Of these a few datagrams are taken each time: whoever sends many shall not keep all others waiting.
+            Token::Udp(_) | Token::Ping(_) => EventFlags::IN,
+            _ => EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET,
+        };
         Ok(epoll::add(&self.epoll, socket, token.data(), flags)?)
     }
 

@@ -164,7 +164,11 @@ impl Pings {
     pub fn receive(&mut self, index: usize, outlet: &mut Outlet) {
         let Some(pinger) = self.all.get(index) else { return };
         let mut bytes = vec![0; usize::from(u16::MAX)];
-        while let Ok((len, _, Some(from))) = recvfrom(&pinger.socket, &mut bytes[..], RecvFlags::empty()) {
+        for _ in 0..MOST {
+            let Ok((len, _, Some(from))) = recvfrom(&pinger.socket, &mut bytes[..], RecvFlags::empty())
+            else {
+                return;
+            };
             let Ok(from) = SocketAddr::try_from(from) else { continue };
             // Raw sockets of IPv4 give its header, too.
             let before =
@@ -188,6 +192,9 @@ impl Pings {
 /// A socket that may ping: one that needs no rights, where the host allows that to this user's group, else a raw one, with the number
 /// that our pings have on it.
 fn open(like: IpAddr) -> io::Result<(OwnedFd, Option<[u8; 2]>)> {
+    if cfg!(fuzzing) {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
     let (family, protocol) = match like {
         IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP),
         IpAddr::V6(_) => (AddressFamily::INET6, ipproto::ICMPV6),

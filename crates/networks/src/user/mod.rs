@@ -7,6 +7,8 @@
 mod dhcp;
 mod flow;
 mod fragments;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod host;
 mod icmp;
 mod neighbours;

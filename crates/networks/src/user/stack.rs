@@ -312,6 +312,9 @@ impl Stack {
         {
             let udp = UdpPacket::new_checked(payload)?;
             if udp.dst_port() == dhcp::SERVER && (to == self.plan.gateway() || is_broadcast(to)) {
+                if !packet.trusted && !udp.verify_checksum(&from.into(), &to.into()) {
+                    return Err(Drop::Malformed);
+                }
                 let search = self.resolvers.search(Instant::now());
                 let done = dhcp::serve(udp.payload(), &self.plan, search, &mut self.outlet);
                 return if done { Ok(()) } else { Err(Drop::Malformed) };
@@ -328,6 +331,8 @@ impl Stack {
         let reached = match protocol {
             IpProtocol::Tcp => self.tcp(packet, host)?,
             IpProtocol::Udp => self.udp(packet, host)?,
+            IpProtocol::Icmp if from.is_ipv6() => false,
+            IpProtocol::Icmpv6 if from.is_ipv4() => false,
             IpProtocol::Icmp | IpProtocol::Icmpv6 if icmp::is_echo(payload, from) => {
                 self.ping(packet, host)?
             }

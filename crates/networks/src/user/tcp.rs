@@ -18,7 +18,7 @@ use super::outlet::{IPV6, Outlet};
 use super::plan::Where;
 
 /// Connections at once.
-const MOST: usize = 4096;
+pub(super) const MOST: usize = 4096;
 
 /// Both ends of a connection, as the guest sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,6 +61,8 @@ pub struct Connections {
     all: Slab<Connection>,
     by_ends: HashMap<Ends, usize>,
     due: BTreeSet<(Instant, usize)>,
+    /// Which one is the first to have room.
+    turn: usize,
 }
 
 /// Bytes of a buffer, of which a connection has two: the first ones get more.
@@ -91,11 +93,17 @@ impl Connections {
     /// A packet of the guest's. `target` says where it goes to.
     pub fn receive(&mut self, segment: &Segment<'_>, target: Where, host: &Host, outlet: &mut Outlet) {
         let ends = Ends { guest: segment.from, peer: segment.to };
+        let first = segment.tcp.syn() && !segment.tcp.ack() && !segment.tcp.rst();
         if let Some(&index) = self.by_ends.get(&ends) {
-            self.go_on(index, Some(segment.packet), outlet);
+            match self.all.get_mut(index).and_then(|connection| connection.connecting.as_mut()) {
+                None => self.go_on(index, Some(segment.packet), outlet),
+                // The guest does not want it any more, or begins anew.
+                Some(_) if segment.tcp.rst() => self.remove(index),
+                Some((_, packet)) if first => *packet = segment.packet.to_vec(),
+                Some(_) => {}
+            }
             return;
         }
-        let first = segment.tcp.syn() && !segment.tcp.ack() && !segment.tcp.rst();
         let connected = match target {
             Where::Nowhere => return,
             Where::Host(to) if first && self.all.len() < MOST => start(to),
@@ -180,8 +188,11 @@ impl Connections {
 
     /// The guest has room again.
     pub fn room(&mut self, outlet: &mut Outlet) {
-        for index in 0..self.all.capacity() {
+        let all = self.all.capacity();
+        for index in (self.turn..all).chain(0..self.turn.min(all)) {
             if outlet.is_full() {
+                // It is this one's turn next time: the first ones shall not have all the room.
+                self.turn = index;
                 return;
             }
             self.go_on(index, None, outlet);
@@ -213,6 +224,8 @@ impl Connections {
 
 /// Begins to connect.
 fn start(to: SocketAddr) -> io::Result<TcpStream> {
+    #[cfg(fuzzing)]
+    let to = super::fuzzing::tcp_instead_of(to);
     let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;

@@ -14,6 +14,9 @@ use smoltcp::wire::{EthernetAddress, IpCidr};
 
 use super::*;
 
+#[path = "hostile.rs"]
+mod hostile;
+
 const MAC: Mac = [0x52, 0x54, 0, 1, 2, 3];
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
@@ -267,6 +270,93 @@ fn a_reset_from_either_side_is_one_for_the_other() {
     rustix::net::sockopt::set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
     drop(peer);
     bed.until("the reset", |bed| bed.tcp(handle).state() == tcp::State::Closed);
+}
+
+#[test]
+fn a_peer_that_resets_while_the_guest_sends_ends_the_connection() {
+    let mut bed = Bed::new(|_| {});
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let handle = bed.connect(gateway(listener.local_addr().unwrap().port()), 40_000);
+    bed.until("the connection", |bed| bed.tcp(handle).may_send());
+    let (peer, _) = listener.accept().unwrap();
+    // Until the host's socket takes no more.
+    let mut last = Instant::now();
+    bed.until("no more goes", |bed| {
+        let socket = bed.tcp(handle);
+        if socket.can_send() {
+            socket.send_slice(&[0; 1 << 14]).unwrap();
+            last = Instant::now();
+        }
+        last.elapsed() > Duration::from_millis(300)
+    });
+    drop(peer);
+    bed.until("the reset", |bed| bed.tcp(handle).state() == tcp::State::Closed);
+    assert_eq!(bed.link.counts().connections, 0);
+}
+
+#[test]
+fn what_a_slow_peer_has_not_taken_yet_outlives_the_guest_s_end() {
+    let mut bed = Bed::new(|_| {});
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let handle = bed.connect(gateway(listener.local_addr().unwrap().port()), 40_000);
+    bed.until("the connection", |bed| bed.tcp(handle).may_send());
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.shutdown(std::net::Shutdown::Write).unwrap();
+    // More than the host's socket takes, and less than it and we do.
+    let (mut sent, mut last) = (0, Instant::now());
+    bed.until("no more goes", |bed| {
+        let socket = bed.tcp(handle);
+        if socket.can_send() {
+            sent += socket.send_slice(&[0; 1 << 14]).unwrap();
+            last = Instant::now();
+        }
+        last.elapsed() > Duration::from_millis(300)
+    });
+    // The window opens by a part, of which the guest takes half.
+    let mut part = vec![0; 256 << 10];
+    peer.read_exact(&mut part).unwrap();
+    bed.tcp(handle).close();
+    bed.until("the guest's end", |bed| {
+        bed.link.room();
+        let state = bed.tcp(handle).state();
+        if !matches!(state, tcp::State::Closed | tcp::State::TimeWait) {
+            let _ = peer.set_nonblocking(true);
+            part.extend_from_slice(&{
+                let mut some = vec![0; 64 << 10];
+                let len =
+                    if bed.tcp(handle).send_queue() > 0 { peer.read(&mut some).unwrap_or(0) } else { 0 };
+                some.truncate(len);
+                some
+            });
+        }
+        matches!(bed.tcp(handle).state(), tcp::State::Closed | tcp::State::TimeWait)
+    });
+    peer.set_nonblocking(false).unwrap();
+    peer.read_to_end(&mut part).unwrap();
+    assert_eq!(part.len(), sent);
+    bed.until("no connection is left", |bed| bed.link.counts().connections == 0);
+}
+
+#[test]
+fn a_connection_that_the_guest_resets_before_it_is_open_is_none() {
+    let bed = Bed::new(|_| {});
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap().port();
+    let send = |flags, seq| bed.link.send(&trusted(), &hostile::segment(to, flags, seq));
+    send(2, 1);
+    let mut peer = listener.accept().unwrap().0;
+    let end = Instant::now() + PATIENCE;
+    while bed.card.frames.lock().unwrap().is_empty() {
+        assert!(Instant::now() < end, "no answer");
+        std::thread::yield_now();
+    }
+    send(4, 2);
+    assert_eq!(bed.link.counts().connections, 0);
+    assert_eq!(peer.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+}
+
+fn trusted() -> Header {
+    Header { valid: true, ..Header::default() }
 }
 
 #[test]

@@ -11,14 +11,14 @@ use super::host::{Host, Token};
 use super::outlet::Outlet;
 
 /// Sockets at once.
-const MOST: usize = 1024;
+pub(super) const MOST: usize = 1024;
 /// After so long without a datagram a socket goes: after a question, and after one that was answered.
 const IDLE: Duration = Duration::from_secs(60);
 const IDLE_ANSWERED: Duration = Duration::from_secs(180);
 /// Peers of a socket that the guest knows by other addresses, at most.
 const MOST_NAMES: usize = 64;
-/// Errors in a row that are passed over.
-const MOST_ERRORS: usize = 64;
+/// Datagrams of a socket that are taken at once.
+const MOST_AT_ONCE: usize = 64;
 /// Bytes of the longest datagram.
 const LONGEST: usize = 65_507;
 
@@ -131,6 +131,8 @@ impl Datagrams {
         host: &Host,
         now: Instant,
     ) -> io::Result<()> {
+        #[cfg(fuzzing)]
+        let to = super::fuzzing::udp_instead_of(to);
         let key = (guest, to.is_ipv6());
         let index = match self.by_guest.get(&key) {
             Some(&index) => index,
@@ -164,15 +166,12 @@ impl Datagrams {
         let Some(socket) = self.all.get_mut(index) else { return false };
         let mut bytes = vec![0; LONGEST];
         let mut names = false;
-        // What is told concerns datagrams that were sent before.
-        let mut errors = 0..MOST_ERRORS;
-        loop {
+        for _ in 0..MOST_AT_ONCE {
             let (len, from) = match socket.host.recv_from(&mut bytes) {
                 Ok(got) => got,
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock && errors.next().is_some() => {
-                    continue;
-                }
-                Err(_) => return names,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // What is told concerns datagrams that were sent before.
+                Err(_) => continue,
             };
             socket.last = Instant::now();
             socket.answered = true;
@@ -189,6 +188,7 @@ impl Datagrams {
                 outlet.datagram(name, socket.guest, &bytes[..len]);
             }
         }
+        names
     }
 
     /// Who in the host's network the guest means by the gateway's port: whoever has sent it something by a forwarded port.
