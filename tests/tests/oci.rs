@@ -138,7 +138,8 @@ fn an_image_runs_its_command_in_its_own_files() {
     }
     let registry = Registry::start(&scratch);
     let script = b"#!/bin/sh\necho \"I am $(id -u):$(id -g) in $(pwd), $GREETING, $*\"\n\
-                   cat /etc/passwd; ls /data; cat /escaped/file; [ /a -ef /b ] && echo linked\nexit 7\n";
+                   cat /etc/passwd; ls /data; cat /escaped/file; [ /a -ef /b ] && echo linked\n\
+                   cat /etc/resolv.conf /proc/net/route\nexit 7\n";
     let layers = [
         layer(&[
             ("bin/", Directory, b""),
@@ -181,6 +182,9 @@ fn an_image_runs_its_command_in_its_own_files() {
         "\nkept\n",
         "in the image",
         "linked",
+        // The way out, through the gateway.
+        "nameserver 10.0.",
+        "eth0\t00000000\t",
         "Lodge: the command ended with status 7.",
     ] {
         assert!(done.out.contains(what), "{what}: {}", done.out);

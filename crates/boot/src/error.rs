@@ -40,7 +40,4 @@ pub enum Error {
     /// Something of ours lies outside the guest's memory.
     #[error("the guest's memory has no room at {0:#x}; give it more with --memory")]
     NoMemory(u64),
-    /// Linux takes one initial RAM disk.
-    #[error("a Linux kernel takes one initial RAM disk; give --initrd once")]
-    OneInitrd,
 }

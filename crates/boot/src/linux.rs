@@ -76,16 +76,20 @@ pub fn load(memory: &Memory, image: &Image, what: &Kernel<'_>) -> Result<State, 
     Ok(state)
 }
 
-/// Loads the initial RAM disk, as high as the kernel allows and above `floor`.
+/// Loads the initial RAM disks one behind the other, as high as the kernel allows and above `floor`: it unpacks them in turn.
 fn initrd(memory: &Memory, what: &Kernel<'_>, max: u64, floor: u64) -> Result<Option<(u64, u64)>, Error> {
-    let path = match what.initrd {
-        [] => return Ok(None),
-        [path] => path,
-        _ => return Err(Error::OneInitrd),
-    };
-    let image = Image::open(path)?;
+    let images = what.initrd.iter().map(|path| Image::open(path)).collect::<Result<Vec<_>, _>>()?;
+    let Some(last) = images.last() else { return Ok(None) };
+    // Each begins at a multiple of 4 (Linux, early-userspace/buffer-format).
+    let padded = |image: &Image| image.len.checked_next_multiple_of(4);
+    let len = images.iter().try_fold(0u64, |sum, image| sum.checked_add(padded(image)?));
+    let len = len.ok_or_else(|| last.too_large())?;
     let limit = if max == 0 { 0x3800_0000 } else { max + 1 };
-    let address = place::high(memory, image.len, limit, floor).ok_or_else(|| image.too_large())?;
-    image.copy(0, image.len, memory, address)?;
-    Ok(Some((address, image.len)))
+    let address = place::high(memory, len, limit, floor).ok_or_else(|| last.too_large())?;
+    let mut at = address;
+    for image in &images {
+        image.copy(0, image.len, memory, at)?;
+        at += image.len.next_multiple_of(4);
+    }
+    Ok(Some((address, len)))
 }

@@ -410,7 +410,7 @@ pub struct Run {
     /// A kernel: Linux bzImage, ELF with a PVH note, or multiboot
     #[arg(long, value_name = "FILE", help_heading = "Boot", conflicts_with_all = ["image", "firmware"])]
     pub kernel: Option<PathBuf>,
-    /// Its initial RAM disk; for multiboot a module, `FILE ARGUMENTS` (may be given several times)
+    /// Its initial RAM disk; for multiboot a module, `FILE ARGUMENTS`. May be given several times: they are unpacked in turn
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub initrd: Vec<PathBuf>,
     /// The kernel's command line; for the default guest, what to add to it

@@ -395,7 +395,7 @@ fn oci(args: &Run, reference: &images::oci::Reference, options: &images::Options
     if let Some(more) = &args.cmdline {
         cmdline = format!("{cmdline} {more}");
     }
-    Ok(Boot::Kernel { kernel: guest.kernel, initrd: vec![guest.initrd], cmdline })
+    Ok(Boot::Kernel { kernel: guest.kernel, initrd: guest.initrd, cmdline })
 }
 
 fn print_stats(report: &vm::Report, prepared: std::time::Duration, total: std::time::Duration) {

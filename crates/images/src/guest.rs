@@ -110,20 +110,7 @@ pub struct Guest {
 /// `Lodge: the command ended with status N.` and power off.
 pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<Guest, Error> {
     let mut source = Source::new(options)?;
-    let patterns: Vec<String> = std::iter::once("boot/vmlinuz-*".to_owned())
-        .chain(modules().map(|name| format!("?*/{name}.ko*")))
-        .collect();
-    let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
-    let kernel = match &options.kernel {
-        Some(package) => source.files(&[package], &patterns, progress)?,
-        None => {
-            let known = KERNELS
-                .iter()
-                .find(|(arch, _)| *arch == options.arch)
-                .map_or(KERNELS[0].1, |(_, known)| known);
-            source.files(known, &patterns, progress)?
-        }
-    };
+    let kernel = kernel_files(&mut source, options, progress)?;
     let busybox = source.files(&["busybox-static"], &["*bin/busybox"], progress)?;
     let cached = kernel.cached && busybox.cached;
     let (image, program) = (first(&kernel)?, first(&busybox)?);
@@ -134,6 +121,48 @@ pub fn default_guest(options: &Options, progress: &mut dyn Progress) -> Result<G
         format!("{}, Linux {release} ({}), busybox {}", kernel.archive, kernel.version, busybox.version);
     let cmdline = CMDLINE.to_owned();
     Ok(Guest { kernel: image.stored.clone(), initrd, cmdline, release, description, cached })
+}
+
+/// The kernel and its modules.
+fn kernel_files(
+    source: &mut Source,
+    options: &Options,
+    progress: &mut dyn Progress,
+) -> Result<PackageFiles, Error> {
+    let patterns: Vec<String> = std::iter::once("boot/vmlinuz-*".to_owned())
+        .chain(modules().map(|name| format!("?*/{name}.ko*")))
+        .collect();
+    let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
+    if let Some(package) = &options.kernel {
+        return source.files(&[package], &patterns, progress);
+    }
+    let known = KERNELS.iter().find(|(arch, _)| *arch == options.arch);
+    source.files(known.map_or(KERNELS[0].1, |(_, known)| known), &patterns, progress)
+}
+
+/// What a guest with files of its own needs for its network card, as one more initial RAM disk: in `dir`, which has a busybox, drivers in
+/// the order in which they are loaded, and what udhcpc calls.
+pub(crate) fn network_ramdisk(
+    options: &Options,
+    dir: &str,
+    progress: &mut dyn Progress,
+) -> Result<PathBuf, Error> {
+    let mut source = Source::new(options)?;
+    let kernel = kernel_files(&mut source, options, progress)?;
+    let mut image = Cpio::new();
+    image.dir(dir, 0o755).dir(&format!("{dir}/net"), 0o755);
+    let script = DHCP.replace("/bin/busybox", &format!("/{dir}/busybox"));
+    image.file(&format!("{dir}/dhcp"), 0o755, script.as_bytes());
+    let wanted = drivers(&kernel.files[1..]).filter(|(kind, _)| ["virtio", "net", "e1000"].contains(kind));
+    for (n, module) in wanted.flat_map(|(_, modules)| modules).enumerate() {
+        image.file(&format!("{dir}/net/{n:02}.ko"), 0o644, &module.module()?);
+    }
+    let (image, from) = (image.finish(), &first(&kernel)?.sha256);
+    let key = format!("network-{}-{}", &from[..12], &sha256(&image)[..12]);
+    match source.stored(&key) {
+        Some(path) => Ok(path),
+        None => source.store(&key, from, "network.cpio", &image, progress),
+    }
 }
 
 /// The ELF kernel in the bzImage `image`, from the cache or unpacked and kept there: see [`kernel`].

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache::{Cache, Stored};
 use crate::cpio::Cpio;
 use crate::fetch::sha256;
+use crate::guest::network_ramdisk;
 use crate::progress::Progress;
 use crate::{Error, Options, Source, default_guest};
 pub use registry::{Config, Reference};
@@ -70,8 +71,8 @@ pub enum OciError {
 pub struct OciGuest {
     /// The kernel: the default guest's.
     pub kernel: PathBuf,
-    /// The image's root file system, as an initial RAM disk.
-    pub initrd: PathBuf,
+    /// The image's root file system, and what it needs for the network, as initial RAM disks.
+    pub initrd: Vec<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
     /// What it is, for people.
@@ -170,7 +171,7 @@ pub fn oci_guest(
     };
     Ok(OciGuest {
         kernel: guest.kernel,
-        initrd,
+        initrd: vec![initrd, network_ramdisk(options, OURS, progress)?],
         cmdline: format!("{} rdinit=/{OURS}/init panic=-1", guest.cmdline),
         description: format!(
             "{reference} ({}), Linux {}",

@@ -37,7 +37,7 @@ pub enum Boot {
     Kernel {
         /// Linux bzImage, ELF with a PVH note, or multiboot.
         kernel: PathBuf,
-        /// Initial RAM disk (one), or multiboot modules.
+        /// Initial RAM disks, which are unpacked in turn, or multiboot modules.
         initrd: Vec<PathBuf>,
         /// Command line.
         cmdline: String,

@@ -1,10 +1,12 @@
 #!/bin/busybox sh
 # What udhcpc has found out, put to use.
+b=/bin/busybox
 case $1 in
 bound | renew)
-    busybox ip -4 address flush dev "$interface"
-    busybox ip address add "$ip/$mask" dev "$interface"
-    [ "$router" ] && busybox ip route replace default via "${router%% *}" dev "$interface"
+    $b ip -4 address flush dev "$interface"
+    $b ip address add "$ip/$mask" dev "$interface"
+    [ "$router" ] && $b ip route replace default via "${router%% *}" dev "$interface"
+    $b mkdir -p /etc
     {
         [ "$search" ] && echo "search $search"
         for server in $dns; do echo "nameserver $server"; done

@@ -27,13 +27,15 @@ load 0x105a device virtio fs
 load 0x1043 device virtio console
 load 0x1041 device virtio net
 load 0x100e device e1000
-# The console need not wait for an address.
+networks=
 for card in /sys/class/net/eth*; do
     [ -e "$card" ] || continue
     # Nobody else has its address: it need not ask for two seconds before it uses it.
     echo 0 2>/dev/null >"/proc/sys/net/ipv6/conf/${card##*/}/accept_dad"
     busybox ip link set "${card##*/}" up
-    busybox udhcpc -f -i "${card##*/}" -s /etc/dhcp >/dev/null 2>&1 &
+    # In the background once it has an address, or nobody has answered for three seconds.
+    busybox udhcpc -b -t 3 -T 1 -A 10 -i "${card##*/}" -s /etc/dhcp >/dev/null 2>&1 &
+    networks="$networks $!"
 done
 load 0x0106 class sata
 load 0x010802 class nvme
@@ -59,4 +61,6 @@ if [ -x /sbin/lodge-agent ]; then
 fi
 # For guests that stay for a while: memory that is free goes back to the host, more memory and disks may come.
 { busybox sleep 3; load 0x1045 device virtio balloon; load 0x1058 device virtio mem; insert virtio blk nvme; } &
+# Of what runs beside this, that ends soon.
+[ "$networks" ] && wait $networks
 exec busybox init
