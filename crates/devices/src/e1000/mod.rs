@@ -391,7 +391,9 @@ impl Inner {
     fn has_work(&self, state: &State) -> bool {
         let words = &state.saved.words;
         let receives = !state.stalled && !state.waiting.is_empty() && receive::is_on(words);
-        (receives || Transmitter::has_work(words)) && self.config.bus_master()
+        // A reset has made room.
+        let room = state.refused && state.waiting.is_empty();
+        (receives || Transmitter::has_work(words)) && self.config.bus_master() || room
     }
 
     /// Waits for work. False if there will be none any more.
@@ -416,7 +418,7 @@ impl Inner {
         let mut guard = lock(&self.state);
         let state = &mut *guard;
         let mut frames = Vec::new();
-        if Transmitter::has_work(&state.saved.words) {
+        if Transmitter::has_work(&state.saved.words) && self.config.bus_master() {
             let saved = &mut state.saved;
             let (done, causes) = saved.transmitter.step(&mut saved.words, &self.memory);
             saved.cause |= causes;
@@ -436,6 +438,9 @@ impl Inner {
 
     /// Delivers the next frame. Whether there is room again for others.
     fn receive(&self, state: &mut State) -> bool {
+        if state.waiting.is_empty() {
+            return std::mem::take(&mut state.refused);
+        }
         if state.stalled || !receive::is_on(&state.saved.words) {
             return false;
         }

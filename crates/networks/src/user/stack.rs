@@ -422,7 +422,11 @@ impl Stack {
             return Ok(true);
         }
         let Where::Host(_) = self.plan.find(SocketAddr::new(to, 0), false) else { return Ok(false) };
-        Ok(self.pings.send(payload, from, to, host, Instant::now()))
+        let sent = self.pings.send(payload, from, to, host, Instant::now());
+        if !sent && self.pings.forbidden {
+            icmp::unreachable(packet.whole, Unreachable::Forbidden, &mut self.outlet);
+        }
+        Ok(sent)
     }
 }
 

@@ -20,7 +20,7 @@ mod hostile;
 const MAC: Mac = [0x52, 0x54, 0, 1, 2, 3];
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The card: frames that came, as many as there is room for.
 #[derive(Default)]

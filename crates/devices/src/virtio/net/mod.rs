@@ -290,7 +290,13 @@ impl Device for Net {
         state.features = 0;
         state.filter = Filter::new(self.options.mac);
         state.pairs = 1;
+        let room = state.waiting.iter().any(|waiting| waiting.refused);
         state.waiting.fill_with(Waiting::default);
+        drop(state);
+        // Whoever waits for this driver would wait for ever.
+        if room {
+            self.link.room();
+        }
     }
 
     fn ready(&self, queue: usize) -> bool {
