@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use crate::sh;
 
 /// Debian packages, with a program or a file of each that tells whether it is there.
-const PACKAGES: [(&str, &str); 11] = [
+const PACKAGES: [(&str, &str); 12] = [
     ("qemu-system-x86", "qemu-system-x86_64"),
     ("qemu-utils", "qemu-img"),
     ("gdb", "gdb"),
@@ -20,6 +20,7 @@ const PACKAGES: [(&str, &str); 11] = [
     ("memtest86+", "/usr/lib/memtest86+/memtest86+x64.iso"),
     ("docker-registry", "docker-registry"),
     ("openssh-client", "/usr/bin/ssh"),
+    ("iproute2", "/sbin/ip"),
 ];
 
 /// Cargo tools: name, and the version that is installed where it is missing.
