@@ -177,7 +177,7 @@ fn debian(bed: &mut Bed) -> Result<()> {
         let mut command = Command::new(lodge()?);
         command.args(["run", "debian:13"]);
         // It ends before it has written anything.
-        command.args(["--name", "bed", "--engine", "interpret", "--timeout", "1"]);
+        command.args(["--name", "bed", "--engine", "translate", "--timeout", "1"]);
         command.env("LODGE_DATA_DIR", &data).stdin(Stdio::null()).stdout(Stdio::null()).status()?;
     }
     for name in ["vm.json", "vmlinuz", "initrd.img", "disk.qcow2", "seed.img"] {
