@@ -86,10 +86,11 @@ fn initrd(memory: &Memory, what: &Kernel<'_>, max: u64, floor: u64) -> Result<Op
     let len = len.ok_or_else(|| last.too_large())?;
     let limit = if max == 0 { 0x3800_0000 } else { max + 1 };
     let address = place::high(memory, len, limit, floor).ok_or_else(|| last.too_large())?;
-    let mut at = address;
+    let mut end = address;
     for image in &images {
+        let at = end.next_multiple_of(4);
         image.copy(0, image.len, memory, at)?;
-        at += image.len.next_multiple_of(4);
+        end = at + image.len;
     }
-    Ok(Some((address, len)))
+    Ok(Some((address, end - address)))
 }

@@ -145,7 +145,7 @@ impl Bed {
     }
 
     fn socket(&mut self) -> SocketHandle {
-        let buffer = || tcp::SocketBuffer::new(vec![0; 16 << 10]);
+        let buffer = || tcp::SocketBuffer::new(vec![0; 256 << 10]);
         self.sockets.add(tcp::Socket::new(buffer(), buffer()))
     }
 
