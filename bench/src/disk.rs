@@ -74,7 +74,7 @@ pub fn run(args: &Args) -> Result<()> {
         args.own.guest(&args.programs, "amd64")?,
         &args.programs,
         &rates::work()?,
-        &format!("--disk {device}"),
+        &format!("work --disk {device}"),
     )?;
     println!("{:?}, {} MiB raw, {} ms each, medians of {}", args.bus, args.size, args.millis, args.rounds);
     let scratch = tempfile::tempdir()?;

@@ -1,11 +1,14 @@
-//! TCP between a guest and its host through the network that needs no rights, in QEMU and in Lodge, side by side.
+//! TCP between a guest and its host, in QEMU and in Lodge, side by side: through the network that needs no rights, or over TAP devices on a
+//! bridge.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{Child, Command};
 use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::monitor::{self, Own, Programs};
 use crate::rates::{self, Guest, Place};
@@ -15,6 +18,18 @@ const PATTERNS: [&str; 4] = ["send", "receive", "round-trips", "connections"];
 /// Where the host's loopback is, in both monitors.
 const GATEWAY: &str = "10.0.2.2";
 const NETWORK: &str = "user,net=10.0.2.0/24";
+/// The host on its bridge, in a network namespace of this program's own.
+const HOST: &str = "10.0.3.1";
+const ON_BRIDGE: &str = "bridge=br0,mac=52:4c:00:00:00:03,ip=10.0.3.3";
+/// Says that this program is in that namespace.
+const INSIDE: &str = "LODGE_BENCH_INSIDE";
+const BRIDGE: &str = "ip link set lo up; ip link add br0 type bridge; ip addr add 10.0.3.1/24 dev br0; ip link set br0 up; \
+                      ip tuntap add qtap mode tap vnet_hdr; ip link set qtap master br0 up";
+/// What a guest does there before it begins: the last byte of its card's address is that of its own.
+const ADDRESS: &str = "ip addr add 10.0.3.$((0x$(cut -d: -f6 /sys/class/net/eth0/address)))/24 dev eth0; ";
+
+/// How long the network helper may take to start.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// `lodge-bench network`.
 #[derive(Debug, clap::Args)]
@@ -29,6 +44,9 @@ pub struct Args {
     /// Milliseconds for each pattern
     #[arg(long, default_value_t = 1000)]
     millis: u64,
+    /// Over TAP devices on a bridge, in a network namespace; needs root
+    #[arg(long)]
+    tap: bool,
     #[command(flatten)]
     own: Own,
     #[command(flatten)]
@@ -41,7 +59,15 @@ pub struct Args {
 /// Something cannot be started, or a guest fails.
 pub fn run(args: &Args) -> Result<()> {
     ensure!(!args.engine.is_empty() && args.millis > 0, "there is nothing to measure");
-    let listener = TcpListener::bind("127.0.0.1:0")?;
+    if args.tap && std::env::var_os(INSIDE).is_none() {
+        let mut inside = Command::new("unshare");
+        inside.args(["--net", "--mount", "--"]).args(std::env::args_os()).env(INSIDE, "1");
+        ensure!(inside.status()?.success(), "the measurement in a network namespace failed; it needs root");
+        return Ok(());
+    }
+    let helper = args.tap.then(Helper::start).transpose()?;
+    let (host, prepare) = if args.tap { (HOST, ADDRESS) } else { (GATEWAY, "") };
+    let listener = TcpListener::bind(if args.tap { "0.0.0.0:0" } else { "127.0.0.1:0" })?;
     let port = listener.local_addr()?.port();
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
@@ -53,26 +79,76 @@ pub fn run(args: &Args) -> Result<()> {
         args.own.guest(&args.programs, "amd64")?,
         &args.programs,
         &rates::work()?,
-        &format!("--net {GATEWAY}:{port}"),
+        &format!("{prepare}work --net {host}:{port}"),
     )?;
-    guest.setup.network = NETWORK;
-    println!("user-mode network, {} ms each, medians of {}", args.millis, args.rounds);
+    guest.setup.network = if args.tap { ON_BRIDGE } else { NETWORK };
+    let kind = if args.tap { "TAP devices on a bridge" } else { "user-mode network" };
+    println!("{kind}, {} ms each, medians of {}", args.millis, args.rounds);
     let mut places = Vec::new();
     for engine in &args.engine {
         let mut command = guest.setup.command(engine)?;
-        connect(&mut command, engine);
+        connect(&mut command, engine, helper.as_ref());
         places.push(Place::start(engine, &mut command)?);
     }
     rates::compare(&mut places, &PATTERNS, args.rounds, args.millis)
 }
 
+/// A bridge, and the network helper that connects guests to it. It ends with its value.
+struct Helper {
+    process: Child,
+    directory: tempfile::TempDir,
+}
+
+impl Helper {
+    fn start() -> Result<Self> {
+        ensure!(
+            Command::new("sh").args(["-ec", BRIDGE]).status()?.success(),
+            "there is no bridge; is `ip` there?"
+        );
+        let directory = tempfile::tempdir()?;
+        let mut command = Command::new(monitor::sibling("lodge-netd")?);
+        for (option, name) in [("--socket", "socket"), ("--state", "state"), ("--runtime", "run")] {
+            command.arg(option).arg(directory.path().join(name));
+        }
+        let process = command.spawn().context("cannot start the network helper")?;
+        let helper = Self { process, directory };
+        let end = Instant::now() + PATIENCE;
+        while !helper.socket().exists() {
+            ensure!(Instant::now() < end, "the network helper does not start");
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(helper)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket")
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
 /// Adds the network to a monitor's command.
-fn connect(command: &mut Command, engine: &str) {
-    if monitor::is_qemu(engine) {
-        command.args(["-netdev", &format!("{NETWORK},id=net"), "-device"]);
-        command.arg("virtio-net-pci,netdev=net,disable-legacy=on");
-    } else {
-        command.arg("--host-access");
+fn connect(command: &mut Command, engine: &str, helper: Option<&Helper>) {
+    match (monitor::is_qemu(engine), helper) {
+        (true, None) => {
+            command.args(["-netdev", &format!("{NETWORK},id=net"), "-device"]);
+            command.arg("virtio-net-pci,netdev=net,disable-legacy=on");
+        }
+        (true, Some(_)) => {
+            command.args(["-netdev", "tap,id=net,ifname=qtap,script=no,downscript=no", "-device"]);
+            command.arg("virtio-net-pci,netdev=net,disable-legacy=on,mac=52:4c:00:00:00:02");
+        }
+        (false, None) => {
+            command.arg("--host-access");
+        }
+        (false, Some(helper)) => {
+            command.env("LODGE_NETD_SOCKET", helper.socket());
+        }
     }
 }
 

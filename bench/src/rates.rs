@@ -19,7 +19,7 @@ pub fn work() -> Result<PathBuf> {
     monitor::sibling("../x86_64-unknown-linux-gnu/release/work")
 }
 
-/// A guest that runs `work` with some arguments.
+/// A guest that runs a command of its shell's, of which `work` is one.
 pub struct Guest {
     /// What all monitors run.
     pub setup: Setup,
@@ -31,7 +31,7 @@ impl Guest {
     ///
     /// # Errors
     /// Something of it is missing.
-    pub fn new(guest: images::Guest, programs: &Programs, work: &Path, arguments: &str) -> Result<Self> {
+    pub fn new(guest: images::Guest, programs: &Programs, work: &Path, exec: &str) -> Result<Self> {
         // The kernel unpacks several archives one after the other.
         let mut image = std::fs::read(&guest.initrd)?;
         let program = std::fs::read(work)
@@ -45,7 +45,7 @@ impl Guest {
             programs: programs.clone(),
             kernel: guest.kernel,
             initrd: initrd.path().to_owned(),
-            cmdline: format!("{} lodge.exec=\"work {arguments}\"", guest.cmdline),
+            cmdline: format!("{} lodge.exec=\"{exec}\"", guest.cmdline),
             network: "none",
         };
         programs.introduce(&guest.description, 512);

@@ -4,6 +4,7 @@
 pub mod bootable;
 pub mod namespaces;
 pub mod screen;
+pub mod world;
 
 use std::ffi::OsStr;
 use std::io::{Read, Write};

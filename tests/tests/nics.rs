@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use images::Options;
 use lodge_tests::default_guest;
-use vm::{Boot, Choice, Config, Console, End, Guest, Header, Link, Mac, Nic, NicModel, Nics, Vm};
+use vm::{Boot, Choice, Config, Console, End, Guest, Header, Limits, Link, Mac, Nic, NicModel, Nics, Vm};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 const HOST: Mac = [2, 0, 0, 0, 0, 1];
@@ -97,8 +97,15 @@ fn network_cards_come_and_go_and_carry_frames() {
     };
     let Some(guest) = default_guest(&options) else { return };
     let links = [Arc::new(Answers::default()), Arc::new(Answers::default())];
-    let nic = |n: usize, model| Nic { mac: [2, 0, 0, 0, 1, n as u8], model, link: links[n].clone() };
-    let nics: Arc<Nics> = Arc::new(vec![nic(0, NicModel::Virtio)].into());
+    let nic = |n: usize, model| Nic {
+        mac: [2, 0, 0, 0, 1, n as u8],
+        model,
+        link: links[n].clone(),
+        network: "answers".into(),
+        limits: Limits::default(),
+        plugged: true,
+    };
+    let nics = Arc::new(Nics::new(vec![nic(0, NicModel::Virtio)], None).unwrap());
     let boot = Boot::Kernel {
         kernel: guest.kernel,
         initrd: vec![guest.initrd],
@@ -129,16 +136,23 @@ fn network_cards_come_and_go_and_carry_frames() {
     types(&pings("eth1", 1), "pinged 41 times");
     types("cat /sys/class/net/eth1/speed /sys/class/net/eth1/duplex\n", "1000\r\nfull");
     let guest = links[1].guest.lock().unwrap().clone();
-    let carrier = |value: u8| {
+    let carrier = |name: &str, value: u8| {
         format!(
-            "until [ $(cat /sys/class/net/eth1/carrier) = {value} ]; do sleep 0.1; done; echo link $(({value} + 30))\n"
+            "until [ $(cat /sys/class/net/{name}/carrier) = {value} ]; do sleep 0.1; done; echo {name} link $(({value} + 30))\n"
         )
     };
     guest.set_up(false);
-    types(&carrier(0), "link 30");
+    types(&carrier("eth1", 0), "eth1 link 30");
     guest.set_up(true);
-    types(&carrier(1), "link 31");
-    nics.detach([2, 0, 0, 0, 1, 1], PATIENCE, false).unwrap();
+    types(&carrier("eth1", 1), "eth1 link 31");
+    nics.set_plugged("1", false).unwrap();
+    types(&carrier("eth0", 0), "eth0 link 30");
+    nics.set_plugged("02:00:00:00:01:00", true).unwrap();
+    types(&carrier("eth0", 1), "eth0 link 31");
+    assert!(nics.set_plugged("3", true).is_err());
+    let counts: Vec<u64> = nics.list().iter().map(|nic| nic.traffic.from_guest.frames).collect();
+    assert!(counts.len() == 2 && counts.iter().all(|frames| *frames >= 3), "{counts:?}");
+    nics.detach("2", PATIENCE, false).unwrap();
     types(
         "while [ -e /sys/class/net/eth1 ]; do sleep 0.1; done; echo left $(ls /sys/class/net | wc -w)\n",
         "left 2",

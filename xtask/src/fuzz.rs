@@ -22,11 +22,12 @@ pub struct Args {
 }
 
 /// Crates with fuzz targets.
-const CRATES: [&str; 7] = [
+const CRATES: [&str; 8] = [
     "crates/boot/fuzz",
     "crates/devices/fuzz",
     "crates/disks/fuzz",
     "crates/images/fuzz",
+    "crates/lan/fuzz",
     "crates/networks/fuzz",
     "crates/screens/fuzz",
     "crates/shares/fuzz",

@@ -70,7 +70,7 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
     if args.first().is_some_and(|a| ["cpu", "disk", "network"].contains(&a.as_str())) {
         guests::build_work()?;
     }
-    sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
+    sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge", "-p", "lodge-netd"]))?;
     let mut command = sh::cargo(&["run", "--quiet", "--release", "-p", "lodge-bench", "--"]);
     sh::run(command.args(args))?;
     // Whoever names engines has said what is to be measured.

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use crate::sh;
 
 /// Debian packages, with a program or a file of each that tells whether it is there.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("qemu-system-x86", "qemu-system-x86_64"),
     ("qemu-utils", "qemu-img"),
     ("gdb", "gdb"),
@@ -21,6 +21,7 @@ const PACKAGES: [(&str, &str); 12] = [
     ("docker-registry", "docker-registry"),
     ("openssh-client", "/usr/bin/ssh"),
     ("iproute2", "/sbin/ip"),
+    ("nftables", "/usr/sbin/nft"),
 ];
 
 /// Cargo tools: name, and the version that is installed where it is missing.

@@ -32,7 +32,7 @@ pub fn run(args: &Args) -> Result<()> {
     guests::build()?;
     guests::build_work()?;
     // The end-to-end tests run the command as users have it.
-    sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge"]))?;
+    sh::run(&mut sh::cargo(&["build", "--quiet", "--release", "-p", "lodge", "-p", "lodge-netd"]))?;
     let mut nextest = vec!["nextest", "run", "--workspace", "--no-fail-fast"];
     nextest.extend(args.filter.as_deref());
     // KVM first, so that the tests' summary stands at the end.

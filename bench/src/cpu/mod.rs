@@ -82,7 +82,7 @@ pub fn run(args: &Args) -> Result<()> {
     let work = args.work.clone().map_or_else(rates::work, Ok)?;
     let workloads = workloads(&work, &args.only)?;
     let guest = args.programs.guest("amd64")?;
-    let guest = Guest::new(guest, &args.programs, &work, "--serve")?;
+    let guest = Guest::new(guest, &args.programs, &work, "work --serve")?;
     println!("size {} %, medians of {}", args.size, args.rounds);
     let mut places: Vec<Place> = Vec::new();
     for engine in &args.engine {

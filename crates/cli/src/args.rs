@@ -1,9 +1,14 @@
 //! Every command and flag, in one place: the parser, the help, the completions and the man pages all come from here.
 
+mod net;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use net::NET_EXAMPLES;
+pub use net::{Net, NetBridge, NetCreate};
 
 /// Exit statuses of `lodge run`, as help and man page show them.
 pub const EXIT_STATUS: &str = "\
@@ -95,6 +100,12 @@ pub enum Command {
     /// Attach disks to a guest that runs, detach and list them
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Give running guests network cards, take them away, put cables in and out
+    #[command(subcommand)]
+    Nic(NicCommand),
+    /// Make, change, list and mend networks that guests share with each other and with this host
+    #[command(subcommand, after_help = NET_EXAMPLES)]
+    Net(Net),
     /// Fetch images of whole systems; list, describe and remove those that were fetched or made
     #[command(subcommand)]
     Image(Image),
@@ -261,6 +272,57 @@ pub enum DiskCommand {
     },
 }
 
+/// `lodge nic`.
+#[derive(Debug, Subcommand)]
+pub enum NicCommand {
+    /// Give a running guest one more network card. It stays through the guest's restarts, until the virtual machine ends
+    #[command(after_help = "Example:\n  lodge nic attach web default,rate=10M")]
+    Attach {
+        /// The virtual machine's name, as `lodge ls` shows it
+        name: String,
+        /// The network, as for `lodge run --network`
+        #[arg(value_name = "NETWORK[,OPTION…]")]
+        network: String,
+    },
+    /// Have a running guest give up a network card
+    Detach {
+        /// The virtual machine's name
+        name: String,
+        /// The card's number or address, as `lodge nic ls` shows it
+        nic: String,
+        /// How long the guest has for it [default: 30]
+        #[arg(long, value_name = "SECS", value_parser = parse_seconds)]
+        timeout: Option<std::time::Duration>,
+        /// Take the card away without asking the guest
+        #[arg(long)]
+        force: bool,
+    },
+    /// Put a network card's cable in
+    Up {
+        /// The virtual machine's name
+        name: String,
+        /// The card's number or address, as `lodge nic ls` shows it
+        #[arg(default_value = "1")]
+        nic: String,
+    },
+    /// Take a network card's cable out
+    Down {
+        /// The virtual machine's name
+        name: String,
+        /// The card's number or address, as `lodge nic ls` shows it
+        #[arg(default_value = "1")]
+        nic: String,
+    },
+    /// List a running guest's network cards, and what has gone through them
+    Ls {
+        /// The virtual machine's name
+        name: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 /// `lodge image pull`.
 #[derive(Debug, Args)]
 pub struct Pull {
@@ -378,17 +440,26 @@ pub struct Run {
     #[arg(long, value_name = "DIR[:TAG][,readonly]", help_heading = "Disks", value_parser = crate::share::parse)]
     pub share: Vec<crate::share::Share>,
 
-    /// What a network card is connected to: `user` (the default: the guest reaches what this host reaches, nobody reaches the guest) or
-    /// `none`. There may follow: `model=` (virtio, e1000), `mac=`, `net=` (its addresses, such as 10.0.9.0/24). May be given several times
-    #[arg(long, value_name = "KIND[,OPTION…]", help_heading = "Network", value_parser = crate::network::parse)]
+    /// What a network card is connected to. `user` (the default): the guest reaches what this host reaches, nobody reaches the guest. A
+    /// network's name, such as `default`: guests and this host reach each other, and the world as `lodge net` says. `bridge=LINK`: a bridge
+    /// of this host's. `direct=LINK`: the guest is a machine of its own beside this host. `none`. There may follow: `model=` (virtio,
+    /// e1000), `mac=`, `rate=`, `rate-in=` and `rate-out=` (bits per second, such as 10M), `link=down`; of `user` `net=` (its
+    /// addresses, such as 10.0.9.0/24); of the others `ip=`, `spoofing=allow`; of direct `mode=` (bridge, vepa, private, passthru) and
+    /// `host-access`. May be given several times
+    #[arg(long, value_name = "NETWORK[,OPTION…]", help_heading = "Network", value_parser = crate::network::parse)]
     pub network: Vec<crate::network::Network>,
     /// A port of this host's that leads to one of the guest's. Other machines reach it only with their side's ADDRESS before it, such
     /// as 0.0.0.0. May be given several times
     #[arg(long, value_name = "[ADDRESS:]PORT:GUEST_PORT[/udp]", help_heading = "Network", value_parser = crate::network::parse_forward)]
     pub forward: Vec<networks::user::Forward>,
-    /// Let the guest reach what listens on this host's loopback alone, at its gateway's address (10.0.2.2)
+    /// With `user`: let the guest reach what listens on this host's loopback alone, at its gateway's address (10.0.2.2). With `direct`: let
+    /// guest and host reach each other
     #[arg(long, help_heading = "Network")]
     pub host_access: bool,
+    /// What the guest may reach or be reached by, such as "deny out tcp 25", "allow in tcp 22 from 192.0.2.0/24" or "deny in". The first
+    /// that applies counts; what none applies to is allowed. May be given several times
+    #[arg(long, value_name = "RULE", help_heading = "Network")]
+    pub rule: Vec<netctl::Rule>,
 
     /// The machine's name in the network [default: that of the virtual machine, or `debian`]
     #[arg(long, value_name = "NAME", help_heading = "A whole system's first start")]

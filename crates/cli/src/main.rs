@@ -9,6 +9,7 @@ mod exec;
 mod firmware;
 mod host;
 mod image;
+mod net;
 mod network;
 mod progress;
 mod report;
@@ -40,6 +41,8 @@ fn main() -> ExitCode {
         args::Command::Ssh(args) => exec::ssh(&args),
         args::Command::Forward(args) => exec::forward(&args),
         args::Command::Memory(args) => running::memory(&args).map(|()| ExitCode::SUCCESS),
+        args::Command::Net(command) => net::net(&command),
+        args::Command::Nic(command) => network::nic(&command).map(|()| ExitCode::SUCCESS),
         args::Command::Disk(command) => disk::disk(&command).map(|()| ExitCode::SUCCESS),
         args::Command::Completions { shell } => {
             clap_complete::generate(shell, &mut args::Cli::command(), "lodge", &mut std::io::stdout());

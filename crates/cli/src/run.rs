@@ -19,7 +19,7 @@ use crate::console::{self, Ask, Raw};
 use crate::disk::Disk;
 use crate::progress::Bars;
 use crate::report::{Help, Usage};
-use crate::{running, system};
+use crate::{network, running, system};
 
 /// Exit statuses that are not the debug-exit port's, which are odd: see `args::EXIT_STATUS`.
 mod status {
@@ -32,9 +32,11 @@ mod status {
 /// Starts the guest, and waits for its end.
 pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
+    network::check(args)?;
     let mut config = configure(args)?;
     let (name, control) = running::take_name(args, &config.name)?;
     config.name = name;
+    config.nics = Arc::new(network::open(args, &config.name, config.cpus)?);
     let prepared = begun.elapsed();
     let console = Arc::new(match args.console {
         Terminal::Serial => Console::new(Box::new(std::io::stdout())),
@@ -119,6 +121,7 @@ fn subject(config: &Config, vm: &Vm, console: &Arc<Console>) -> Subject {
         plugs: config.plugs.clone(),
         screen: config.screen.clone(),
         disks: config.disks.clone(),
+        nics: config.nics.clone(),
     }
 }
 
@@ -268,7 +271,7 @@ fn configure(args: &Run) -> anyhow::Result<Config> {
     disks.extend(packages);
     let name = args.name.clone().unwrap_or_else(|| name_of(&boot));
     Ok(Config {
-        nics: Arc::new(crate::network::open(args, &name)?.into()),
+        nics: Arc::default(),
         name,
         engine,
         model: args.cpu.map(|cpu| match cpu {

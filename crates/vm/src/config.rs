@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use x86::cpuid::Model;
 
 use crate::nics::Nics;
+use crate::port::Limits;
 use crate::storage::Disks;
 
 /// Which technique runs the guest.
@@ -116,6 +117,12 @@ pub struct Nic {
     pub model: NicModel,
     /// What its cable leads to.
     pub link: Arc<dyn Link>,
+    /// How users call that.
+    pub network: String,
+    /// How much may go through.
+    pub limits: Limits,
+    /// The cable is in from the start.
+    pub plugged: bool,
 }
 
 impl fmt::Debug for Nic {

@@ -13,6 +13,7 @@ mod firmware;
 mod gdb;
 pub mod host;
 mod nics;
+mod port;
 mod storage;
 
 use std::fmt;
@@ -32,6 +33,7 @@ pub use error::Error;
 pub use machine::Power;
 pub use machine::power::End;
 pub use nics::Nics;
+pub use port::{Count, Limits, Traffic};
 pub use screens::Screen;
 pub use shares::Share as ShareDirectory;
 pub use storage::{Disks, Refusal};

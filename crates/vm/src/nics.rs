@@ -1,5 +1,6 @@
 //! A VM's network cards, which outlive its machine's resets, and come and go while the guest runs.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -7,17 +8,40 @@ use devices::e1000::E1000;
 use devices::pci::{Address, Function, HotPlug};
 use devices::virtio;
 use machine::Machine;
+use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::config::{Mac, Nic, NicModel};
+use crate::port::{Limits, Port, Traffic};
 use crate::storage::{Refusal, Slots, ask};
 
 /// Bytes of the longest packet.
 const MTU: u16 = 1500;
 
+/// Connects a card that users describe in so many words, and that is not given away: what is known of cards is the number that it may have.
+pub type Open = Box<dyn Fn(&str, &dyn Fn(Mac) -> bool) -> Result<Nic, String> + Send + Sync>;
+
 /// A VM's network cards.
-#[derive(Debug, Default)]
-pub struct Nics(Mutex<State>);
+#[derive(Default)]
+pub struct Nics {
+    state: Mutex<State>,
+    open: Option<Open>,
+}
+
+/// A card, as users see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicStatus {
+    /// Its Ethernet address.
+    pub mac: String,
+    /// Which it is.
+    pub model: String,
+    /// What it is connected to.
+    pub network: String,
+    /// How much may go through.
+    pub limits: Limits,
+    /// What has gone through, and whether anything can.
+    pub traffic: Traffic,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -28,20 +52,41 @@ struct State {
 #[derive(Debug)]
 struct Attached {
     nic: Nic,
+    port: Arc<Port>,
     /// Where it was last, and is to be again after a reset.
     at: Option<Address>,
     leaving: bool,
 }
 
-impl From<Vec<Nic>> for Nics {
-    fn from(nics: Vec<Nic>) -> Self {
-        let nics = nics.into_iter().map(|nic| Attached { nic, at: None, leaving: false }).collect();
-        Self(Mutex::new(State { nics, machine: None }))
+impl Attached {
+    fn new(nic: Nic) -> std::io::Result<Self> {
+        let port = Port::new(nic.link.clone(), nic.limits)?;
+        if !nic.plugged {
+            port.plug(false);
+        }
+        Ok(Self { nic, port, at: None, leaving: false })
+    }
+
+    fn status(&self) -> NicStatus {
+        NicStatus {
+            mac: text(self.nic.mac),
+            model: match self.nic.model {
+                NicModel::Virtio => "virtio".into(),
+                NicModel::E1000 => "e1000".into(),
+            },
+            network: self.nic.network.clone(),
+            limits: self.nic.limits,
+            traffic: self.port.traffic(),
+        }
     }
 }
 
-fn controller(nic: &Nic, machine: &Machine, cpus: u32) -> std::io::Result<Arc<dyn Function>> {
-    let (link, memory) = (nic.link.clone(), machine.memory.clone());
+fn text(mac: Mac) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn controller(card: &Attached, machine: &Machine, cpus: u32) -> std::io::Result<Arc<dyn Function>> {
+    let (nic, link, memory) = (&card.nic, card.port.clone(), machine.memory.clone());
     Ok(match nic.model {
         NicModel::Virtio => {
             let pairs = cpus.min(virtio::net::MOST_PAIRS);
@@ -53,8 +98,17 @@ fn controller(nic: &Nic, machine: &Machine, cpus: u32) -> std::io::Result<Arc<dy
 }
 
 impl Nics {
+    /// These cards; `open` makes those that come later.
+    ///
+    /// # Errors
+    /// The host gives no threads.
+    pub fn new(nics: Vec<Nic>, open: Option<Open>) -> std::io::Result<Self> {
+        let nics = nics.into_iter().map(Attached::new).collect::<std::io::Result<_>>()?;
+        Ok(Self { state: Mutex::new(State { nics, machine: None }), open })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Plugs all into a new machine.
@@ -68,7 +122,7 @@ impl Nics {
         // Who has been asked to give up a card need not be asked any more.
         state.nics.retain(|attached| !attached.leaving);
         for attached in &mut state.nics {
-            let function = controller(&attached.nic, machine, cpus)
+            let function = controller(attached, machine, cpus)
                 .map_err(|source| Error::Host { what: "a thread for a device", source })?;
             attached.at = Some(hotplug.plug(attached.at, function)?);
         }
@@ -76,30 +130,71 @@ impl Nics {
         Ok(())
     }
 
+    /// Gives the guest a card that the user describes in these words: those of `lodge run --network`.
+    ///
+    /// # Errors
+    /// There is none such, or no room for it.
+    pub fn attach_as(&self, words: &str) -> Result<NicStatus, Refusal> {
+        let open = self.open.as_ref().ok_or_else(|| Refusal::Network("there are no networks here".into()))?;
+        // It may take as long as the network helper does: others may look meanwhile.
+        self.attach(open(words, &|mac| self.has(mac)).map_err(Refusal::Network)?)
+    }
+
     /// Gives the guest a card.
     ///
     /// # Errors
-    /// There is no room for it.
-    pub fn attach(&self, nic: Nic) -> Result<(), Refusal> {
+    /// It has one with this address, or there is no room for it.
+    pub fn attach(&self, nic: Nic) -> Result<NicStatus, Refusal> {
         let mut state = self.state();
-        let mut at = None;
-        if let Some((hotplug, machine, cpus)) = state.machine.as_ref().and_then(Slots::now) {
-            let function = controller(&nic, &machine, cpus).map_err(Refusal::Host)?;
-            at = Some(hotplug.insert(function).map_err(Refusal::Full)?);
+        if state.nics.iter().any(|attached| attached.nic.mac == nic.mac) {
+            return Err(Refusal::Network(format!(
+                "there is a card with the address {} already",
+                text(nic.mac)
+            )));
         }
-        state.nics.push(Attached { nic, at, leaving: false });
+        let mut attached = Attached::new(nic).map_err(Refusal::Host)?;
+        if let Some((hotplug, machine, cpus)) = state.machine.as_ref().and_then(Slots::now) {
+            let function = controller(&attached, &machine, cpus).map_err(Refusal::Host)?;
+            attached.at = Some(hotplug.insert(function).map_err(Refusal::Full)?);
+        }
+        let status = attached.status();
+        state.nics.push(attached);
+        Ok(status)
+    }
+
+    /// All cards.
+    pub fn list(&self) -> Vec<NicStatus> {
+        self.state().nics.iter().map(Attached::status).collect()
+    }
+
+    /// Puts in, or takes out, the cable of the card that has this number, from 1 on, or this address.
+    ///
+    /// # Errors
+    /// There is no such card.
+    pub fn set_plugged(&self, which: &str, plugged: bool) -> Result<(), Refusal> {
+        let port = self.find(&self.state(), which)?.port.clone();
+        port.plug(plugged);
         Ok(())
     }
 
-    /// Asks the guest to give up the card with this address, and waits until it has. `force` does not ask.
+    fn find<'a>(&self, state: &'a State, which: &str) -> Result<&'a Attached, Refusal> {
+        let number = which.parse::<usize>().ok().and_then(|number| number.checked_sub(1));
+        let by_number = number.and_then(|number| state.nics.get(number));
+        let which = which.to_ascii_lowercase();
+        let found = by_number.or_else(|| state.nics.iter().find(|attached| text(attached.nic.mac) == which));
+        found.ok_or(Refusal::NoCard(which))
+    }
+
+    /// Asks the guest to give up the card with this number, from 1 on, or address, and waits until it has. `force` does not ask.
     ///
     /// # Errors
     /// There is no such card, or the guest does not give it up.
-    pub fn detach(&self, mac: Mac, patience: Duration, force: bool) -> Result<(), Refusal> {
+    pub fn detach(&self, which: &str, patience: Duration, force: bool) -> Result<(), Refusal> {
         let mut state = self.state();
         let hotplug = state.machine.as_ref().and_then(Slots::hotplug);
+        let mac = self.find(&state, which)?.nic.mac;
         let found = state.nics.iter_mut().find(|attached| attached.nic.mac == mac);
-        let attached = found.ok_or_else(|| Refusal::Unknown(format!("{mac:x?}")))?;
+        let attached = found.ok_or_else(|| Refusal::NoCard(which.into()))?;
         if std::mem::replace(&mut attached.leaving, true) {
             return Err(Refusal::Leaving);
         }
@@ -127,6 +222,12 @@ impl Nics {
 
     fn has(&self, mac: Mac) -> bool {
         self.state().nics.iter().any(|attached| attached.nic.mac == mac)
+    }
+}
+
+impl fmt::Debug for Nics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Nics").field("state", &self.state).finish_non_exhaustive()
     }
 }
 
@@ -168,21 +269,28 @@ mod tests {
     #[test]
     fn a_card_that_is_asked_for_does_not_come_back_with_a_reset() {
         const PATIENCE: Duration = Duration::from_secs(60);
-        let nic = |n| Nic { mac: [2, 0, 0, 0, 0, n], model: NicModel::E1000, link: Arc::new(Unplugged) };
-        let nics: Arc<Nics> = Arc::new(vec![nic(1), nic(2)].into());
+        let nic = |n| Nic {
+            mac: [2, 0, 0, 0, 0, n],
+            model: NicModel::E1000,
+            link: Arc::new(Unplugged),
+            network: "none".into(),
+            limits: Limits::default(),
+            plugged: true,
+        };
+        let nics = Arc::new(Nics::new(vec![nic(1), nic(2)], None).unwrap());
         let (machine_1, _host_1, hotplug) = machine();
         nics.plug(&hotplug, &machine_1, 1).unwrap();
-        let refused = nics.detach([2, 0, 0, 0, 0, 2], Duration::from_millis(1), false);
+        let refused = nics.detach("02:00:00:00:00:02", Duration::from_millis(1), false);
         assert!(matches!(refused, Err(Refusal::Kept(_))));
         let begun = Instant::now();
         let waits = std::thread::spawn({
             let nics = nics.clone();
-            move || nics.detach([2, 0, 0, 0, 0, 1], PATIENCE, false)
+            move || nics.detach("1", PATIENCE, false)
         });
         while !nics.state().nics[0].leaving {
             std::thread::yield_now();
         }
-        let again = nics.detach([2, 0, 0, 0, 0, 1], PATIENCE, false);
+        let again = nics.detach("1", PATIENCE, false);
         assert!(matches!(again, Err(Refusal::Leaving)));
         let (machine_2, host_2, hotplug) = machine();
         nics.plug(&hotplug, &machine_2, 1).unwrap();

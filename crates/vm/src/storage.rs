@@ -30,20 +30,24 @@ pub enum Refusal {
     Sata,
     #[error("another disk has the serial number {0}; give this one another with serial=")]
     Serial(String),
-    #[error("{0}; detach a disk first")]
+    #[error("{0}; detach a disk or network card first")]
     Full(Full),
     #[error("no disk is called {0}; `lodge disk ls` shows their serial numbers and paths")]
     Unknown(String),
     #[error("{0} disks are called {1}; name one by its serial number")]
     Many(usize, String),
-    #[error("the disk is being detached already; wait for that")]
+    #[error("no network card is called {0}; `lodge nic ls` shows their numbers and addresses")]
+    NoCard(String),
+    #[error("{0}")]
+    Network(String),
+    #[error("it is being detached already; wait for that")]
     Leaving,
     #[error(
-        "the guest's system takes no part in hot-plug: it has not started yet, or has no ACPI; use --force if it has no use for the disk"
+        "the guest's system takes no part in hot-plug: it has not started yet, or has no ACPI; use --force if it has no use for the device"
     )]
     NoListener,
     #[error(
-        "the guest has not given up the disk within {0} s, and may do so later; unmount what is on it, or use --force, by which the guest loses what it has not written"
+        "the guest has not given it up within {0} s, and may do so later; see that nothing there uses it (unmount a disk), or use --force, by which the guest loses what it has not written"
     )]
     Kept(f64),
     #[error(

@@ -6,8 +6,8 @@ mod header;
 use std::fmt;
 use std::sync::Weak;
 
-pub use header::{ETHERNET, HEADER, Header, LONGEST_FRAME, Segments};
-pub(crate) use header::{checksum, queue_of, sum};
+pub use header::{ETHERNET, HEADER, Header, LONGEST_FRAME, Segments, queue_of};
+pub(crate) use header::{checksum, sum};
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];

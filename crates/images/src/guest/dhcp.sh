@@ -8,6 +8,7 @@ bound | renew)
     [ "$router" ] && $b ip route replace default via "${router%% *}" dev "$interface"
     $b mkdir -p /etc
     {
+        search=${search:-$domain}
         [ "$search" ] && echo "search $search"
         for server in $dns; do echo "nameserver $server"; done
     } >/etc/resolv.conf

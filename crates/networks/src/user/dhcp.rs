@@ -2,29 +2,21 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use dhcproto::Encodable;
 use dhcproto::v4::{DhcpOption, DhcpOptions, Message, MessageType, Opcode, OptionCode};
-use dhcproto::{Decodable, Encodable};
 
 use super::outlet::{MTU, Outlet};
 use super::plan::{PREFIX, Plan};
 
-pub const SERVER: u16 = 67;
-const CLIENT: u16 = 68;
+pub use ::dhcp::SERVER;
 /// Seconds that an address is the guest's. Nobody else ever gets it.
 const LEASE: u32 = 86_400;
 
-/// Where a message has the length of the client's address.
-const HLEN: usize = 2;
-
 /// Answers a message. False if it makes no sense.
 pub fn serve(message: &[u8], plan: &Plan, search: &[String], outlet: &mut Outlet) -> bool {
-    // dhcproto believes any length of the client's address.
-    if message.get(HLEN).is_none_or(|len| usize::from(*len) != outlet.mac().len()) {
-        return false;
-    }
-    let Ok(request) = Message::from_bytes(message) else { return false };
+    let Some(request) = ::dhcp::request(message) else { return false };
     let Some(kind) = request.opts().msg_type() else { return false };
-    if request.opcode() != Opcode::BootRequest || request.chaddr() != outlet.mac() {
+    if request.chaddr() != outlet.mac() {
         return false;
     }
     let wanted = match request.opts().get(OptionCode::RequestedIpAddress) {
@@ -81,6 +73,6 @@ pub fn serve(message: &[u8], plan: &Plan, search: &[String], outlet: &mut Outlet
         () => Ipv4Addr::BROADCAST,
     };
     let from = SocketAddr::new(IpAddr::V4(plan.gateway()), SERVER);
-    outlet.datagram(from, SocketAddr::new(to.into(), CLIENT), &reply);
+    outlet.datagram(from, SocketAddr::new(to.into(), ::dhcp::CLIENT), &reply);
     true
 }

@@ -31,6 +31,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use devices::net::{Guest, Header, Link, Mac};
+use netctl::Rule;
 use thiserror::Error;
 
 use host::Host;
@@ -69,6 +70,8 @@ pub struct Options {
     pub loopback: bool,
     /// Ports of the host that lead to the guest.
     pub forwards: Vec<Forward>,
+    /// What the guest may reach, and be reached by at forwarded ports.
+    pub rules: Vec<Rule>,
     /// The file that names the host's name servers.
     pub resolv_conf: PathBuf,
 }
@@ -77,7 +80,8 @@ impl Options {
     /// For a card with this address.
     pub fn new(mac: Mac) -> Self {
         let resolv_conf = "/etc/resolv.conf".into();
-        Self { mac, network: NETWORK, loopback: false, forwards: Vec::new(), resolv_conf }
+        let (forwards, rules) = (Vec::new(), Vec::new());
+        Self { mac, network: NETWORK, loopback: false, forwards, rules, resolv_conf }
     }
 }
 

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
 use devices::net::{ETHERNET, Guest, Header};
+use netctl::{Direction, Protocol, Rule};
 use slab::Slab;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
@@ -78,6 +79,7 @@ struct Packet<'a> {
 pub struct Stack {
     plan: Plan,
     loopback: bool,
+    rules: Vec<Rule>,
     outlet: Outlet,
     resolvers: Resolvers,
     fragments: Fragments,
@@ -97,6 +99,7 @@ impl Stack {
         Self {
             plan: Plan::new(options.network),
             loopback: options.loopback,
+            rules: options.rules.clone(),
             outlet: Outlet::new(options.mac),
             resolvers: Resolvers::new(options.resolv_conf.clone()),
             fragments: Fragments::default(),
@@ -188,7 +191,7 @@ impl Stack {
             Token::Ping(index) => self.pings.receive(index, &mut self.outlet),
             Token::Udp(index) if readable => {
                 let gateway = |like| self.plan.gateway_like(like);
-                if self.datagrams.receive(index, gateway, &mut self.outlet) {
+                if self.datagrams.receive(index, &self.rules, gateway, &mut self.outlet) {
                     self.resolvers.answered();
                 }
             }
@@ -202,6 +205,11 @@ impl Stack {
         let Some((listener, port)) = self.listeners.get(index) else { return };
         let to = SocketAddr::new(self.plan.guest().into(), *port);
         while let Ok((stream, peer)) = listener.accept() {
+            // Dropped, it is closed.
+            if !Rule::allow(&self.rules, Direction::In, Protocol::Tcp, peer.ip().to_canonical(), Some(*port))
+            {
+                continue;
+            }
             // The guest has no way to answer those that only the host can reach, or to IPv6.
             let known = peer.is_ipv4() && matches!(self.plan.find(peer, false), Where::Host(_));
             let name = if known { peer } else { SocketAddr::new(self.plan.gateway().into(), peer.port()) };
@@ -361,6 +369,10 @@ impl Stack {
         if allowed { Ok(true) } else { Err(Drop::Forged) }
     }
 
+    fn may_reach(&self, protocol: Protocol, peer: IpAddr, port: Option<u16>) -> bool {
+        Rule::allow(&self.rules, Direction::Out, protocol, peer, port)
+    }
+
     fn tcp(&mut self, packet: &Packet<'_>, host: &Host) -> Result<bool, Drop> {
         let header = packet.whole.len() - packet.payload.len();
         let segment = Segment::new(packet.whole, packet.from, packet.to, header).ok_or(Drop::Malformed)?;
@@ -371,6 +383,13 @@ impl Stack {
         let target = match self.plan.find(segment.to, self.loopback) {
             Where::Names => Where::Host(self.resolvers.ask(Instant::now())),
             other => other,
+        };
+        // Of a connection that is there the first packet was let through.
+        let begins = segment.tcp.syn() && !segment.tcp.ack();
+        let target = if begins && !self.may_reach(Protocol::Tcp, segment.to.ip(), Some(segment.to.port())) {
+            Where::Nowhere
+        } else {
+            target
         };
         if target == Where::Nowhere {
             icmp::unreachable(packet.whole, Unreachable::Forbidden, &mut self.outlet);
@@ -391,6 +410,12 @@ impl Stack {
         let guest = SocketAddr::new(packet.from, udp.src_port());
         let name = SocketAddr::new(packet.to, udp.dst_port());
         let now = Instant::now();
+        if !self.datagrams.is_answer(guest, name)
+            && !self.may_reach(Protocol::Udp, name.ip(), Some(name.port()))
+        {
+            icmp::unreachable(packet.whole, Unreachable::Forbidden, &mut self.outlet);
+            return Ok(false);
+        }
         let to = match self.plan.find(name, self.loopback) {
             Where::Host(to) => Some(to),
             Where::Names => Some(self.resolvers.ask(now)),
@@ -416,6 +441,10 @@ impl Stack {
         };
         if !right {
             return Err(Drop::Malformed);
+        }
+        if !self.may_reach(Protocol::Icmp, to, None) {
+            icmp::unreachable(packet.whole, Unreachable::Forbidden, &mut self.outlet);
+            return Ok(false);
         }
         if self.plan.is_ours(to) {
             icmp::echo(payload, from, to, protocol, &mut self.outlet);

@@ -435,6 +435,38 @@ fn a_forwarded_port_leads_to_the_guest() {
     assert!(taken.is_err_and(|error| error.to_string().starts_with(&format!("cannot listen at {at}: "))));
 }
 
+#[test]
+fn rules_say_what_the_guest_reaches_and_who_reaches_it() {
+    let listeners = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    let [denied, allowed] = [0, 1].map(|n| listeners[n].local_addr().unwrap().port());
+    let at = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let rules = [format!("deny out tcp {denied}"), "deny out udp".into(), "deny in tcp 80".into()];
+    let mut bed = Bed::new(|options| {
+        options.rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+        options.forwards.push(Forward { protocol: Protocol::Tcp, listen: at, port: 80 });
+    });
+    let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+    peer.set_nonblocking(true).unwrap();
+    let handle = udp_socket(&mut bed, 4000);
+    let to = gateway(peer.local_addr().unwrap().port());
+    bed.sockets.get_mut::<udp::Socket<'_>>(handle).send_slice(b"question", to).unwrap();
+    bed.connect(gateway(denied), 40_000);
+    // What is sent is handled at once, so this one comes after those.
+    let handle = bed.connect(gateway(allowed), 40_001);
+    bed.until("the connection", |bed| bed.tcp(handle).state() == tcp::State::Established);
+    listeners[0].set_nonblocking(true).unwrap();
+    assert!(listeners[0].accept().is_err() && peer.recv(&mut [0; 100]).is_err());
+    assert_eq!(bed.link.counts().unreachable, 2);
+    // Whoever comes in by the forwarded port is shown out.
+    let handle = bed.socket();
+    bed.tcp(handle).listen(80).unwrap();
+    let mut stream = TcpStream::connect(at).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(!matches!(stream.read(&mut [0; 100]), Ok(1..)));
+    bed.poll();
+    assert_eq!(bed.tcp(handle).state(), tcp::State::Listen);
+}
+
 fn udp_socket(bed: &mut Bed, port: u16) -> SocketHandle {
     let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 4], vec![0; 16 << 10]);
     let handle = bed.sockets.add(udp::Socket::new(buffer(), buffer()));

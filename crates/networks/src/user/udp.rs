@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
+use netctl::{Direction, Protocol, Rule};
 use slab::Slab;
 
 use super::host::{Host, Token};
@@ -162,7 +163,13 @@ impl Datagrams {
 
     /// Hands the guest what has come for it. `gateway` is who hosts without an address of their own are to it. Whether a name
     /// server has answered.
-    pub fn receive(&mut self, index: usize, gateway: impl Fn(IpAddr) -> IpAddr, outlet: &mut Outlet) -> bool {
+    pub fn receive(
+        &mut self,
+        index: usize,
+        rules: &[Rule],
+        gateway: impl Fn(IpAddr) -> IpAddr,
+        outlet: &mut Outlet,
+    ) -> bool {
         let Some(socket) = self.all.get_mut(index) else { return false };
         let mut bytes = vec![0; LONGEST];
         let mut names = false;
@@ -173,6 +180,10 @@ impl Datagrams {
                 // What is told concerns datagrams that were sent before.
                 Err(_) => continue,
             };
+            let (peer, port) = (from.ip().to_canonical(), socket.guest.port());
+            if socket.forward && !Rule::allow(rules, Direction::In, Protocol::Udp, peer, Some(port)) {
+                continue;
+            }
             socket.last = Instant::now();
             socket.answered = true;
             let mut name = socket.names.get(&from).copied();
@@ -183,12 +194,22 @@ impl Datagrams {
                 name = Some(seen);
             }
             let name = name.unwrap_or(from);
+            if socket.forward {
+                socket.know(from, name);
+            }
             names |= name.port() == 53;
             if name.is_ipv4() == socket.guest.is_ipv4() {
                 outlet.datagram(name, socket.guest, &bytes[..len]);
             }
         }
         names
+    }
+
+    /// Whether this answers a datagram that came by a forwarded port.
+    pub fn is_answer(&self, guest: SocketAddr, to: SocketAddr) -> bool {
+        let index = self.by_guest.get(&(guest, to.is_ipv6()));
+        let socket = index.and_then(|index| self.all.get(*index)).filter(|socket| socket.forward);
+        socket.is_some_and(|socket| socket.names.values().any(|name| *name == to))
     }
 
     /// Who in the host's network the guest means by the gateway's port: whoever has sent it something by a forwarded port.

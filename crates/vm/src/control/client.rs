@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Answer, DiskStatus, LONGEST_LINE, Memory, PATIENCE, Request, Status, seconds};
+use super::{Answer, DiskStatus, LONGEST_LINE, Memory, NicStatus, PATIENCE, Request, Status, seconds};
 
 /// Why a VM did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,9 @@ impl Client {
     fn ask(&mut self, request: &Request) -> Result<Answer, Refused> {
         let stream = self.0.get_ref();
         let guest = match request {
-            Request::DetachDisk { patience, .. } => seconds(*patience),
+            Request::DetachDisk { patience, .. } | Request::DetachNic { patience, .. } => seconds(*patience),
+            // The network helper may take its time.
+            Request::AttachNic(_) => Duration::from_secs(30),
             _ => Duration::ZERO,
         };
         stream.set_read_timeout(Some(PATIENCE + guest))?;
@@ -96,6 +98,17 @@ impl Client {
     pub fn disks(mut self, request: &Request) -> Result<Vec<DiskStatus>, Refused> {
         match self.ask(request)? {
             Answer::Disks(disks) => Ok(disks),
+            _ => Err(Refused::Unknown),
+        }
+    }
+
+    /// The network cards: all, or the one that is attached by this.
+    ///
+    /// # Errors
+    /// There is none, or it is not attached.
+    pub fn nics(mut self, request: &Request) -> Result<Vec<NicStatus>, Refused> {
+        match self.ask(request)? {
+            Answer::Nics(nics) => Ok(nics),
             _ => Err(Refused::Unknown),
         }
     }

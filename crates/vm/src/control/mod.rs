@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 pub use client::{Client, Refused};
 pub use server::{Server, Subject, Taken};
 
+pub use crate::nics::NicStatus;
 pub use crate::storage::{DiskState, DiskStatus, NewDisk};
 
 /// What a client asks for.
@@ -54,6 +55,26 @@ pub enum Request {
     },
     /// What disks there are: [`Answer::Disks`].
     Disks,
+    /// Another network card for the guest, in the words of `lodge run --network`: [`Answer::Nics`], of that one alone.
+    AttachNic(String),
+    /// The guest is to give up a network card.
+    DetachNic {
+        /// Its number, from 1 on, or its address.
+        which: String,
+        /// How long the guest has for it, in seconds.
+        patience: f64,
+        /// It is taken away, whether or not the guest gives it up.
+        force: bool,
+    },
+    /// The cable of a network card is put in, or taken out.
+    PlugNic {
+        /// Its number, from 1 on, or its address.
+        which: String,
+        /// Put in.
+        plugged: bool,
+    },
+    /// What network cards there are: [`Answer::Nics`].
+    Nics,
     /// A stream to a port of the guest's virtio socket: [`Answer::Stream`].
     Socket {
         /// The port.
@@ -73,6 +94,8 @@ pub enum Answer {
     Memory(Memory),
     /// The disks.
     Disks(Vec<DiskStatus>),
+    /// The network cards.
+    Nics(Vec<NicStatus>),
     /// Bytes follow, in both directions.
     Stream,
     /// It was not done: one line, with a way out.

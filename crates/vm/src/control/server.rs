@@ -17,7 +17,8 @@ use screens::{Key, Screen};
 use super::{Answer, LONGEST_LINE, Memory, PATIENCE, Request, Status, seconds};
 use crate::config::{Balloon, Plugs, Sockets};
 use crate::console::{Console, View};
-use crate::storage::Disks;
+use crate::nics::Nics;
+use crate::storage::{Disks, Refusal};
 
 /// How long a guest may take to answer: less than clients wait.
 const GUEST_PATIENCE: Duration = Duration::from_secs(5);
@@ -57,6 +58,7 @@ pub struct Subject {
     pub plugs: Arc<Plugs>,
     pub screen: Arc<Screen>,
     pub disks: Arc<Disks>,
+    pub nics: Arc<Nics>,
 }
 
 #[derive(Debug)]
@@ -152,12 +154,18 @@ impl Vm {
                 Err(refusal) => Answer::Refused(refusal.to_string()),
             },
             Ok(Request::DetachDisk { which, path, patience, force }) => {
-                match self.of.disks.detach(&which, path.as_deref(), seconds(patience), force) {
-                    Ok(()) => Answer::Done,
-                    Err(refusal) => Answer::Refused(refusal.to_string()),
-                }
+                done(self.of.disks.detach(&which, path.as_deref(), seconds(patience), force))
             }
             Ok(Request::Disks) => Answer::Disks(self.of.disks.list()),
+            Ok(Request::AttachNic(words)) => match self.of.nics.attach_as(&words) {
+                Ok(nic) => Answer::Nics(vec![nic]),
+                Err(refusal) => Answer::Refused(refusal.to_string()),
+            },
+            Ok(Request::DetachNic { which, patience, force }) => {
+                done(self.of.nics.detach(&which, seconds(patience), force))
+            }
+            Ok(Request::PlugNic { which, plugged }) => done(self.of.nics.set_plugged(&which, plugged)),
+            Ok(Request::Nics) => Answer::Nics(self.of.nics.list()),
             Ok(Request::Screenshot) => return self.picture(&stream),
             Ok(Request::Type(text)) => match self.of.screen.type_text(&text) {
                 typed if typed == text.chars().count() => Answer::Done,
@@ -295,6 +303,13 @@ impl Vm {
             let _ = stream.shutdown(std::net::Shutdown::Both);
             typed
         })
+    }
+}
+
+fn done(done: Result<(), Refusal>) -> Answer {
+    match done {
+        Ok(()) => Answer::Done,
+        Err(refusal) => Answer::Refused(refusal.to_string()),
     }
 }
 

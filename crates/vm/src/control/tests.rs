@@ -30,6 +30,7 @@ impl Bed {
             plugs: Arc::default(),
             screen: crate::Screen::new(),
             disks: Arc::default(),
+            nics: Arc::default(),
         };
         server.serve(subject).unwrap();
         Self { dir, power, console, _server: server }
