@@ -143,8 +143,10 @@ pub fn start_typing(command: &mut Command) -> (Running, ChildStdin) {
                 let _ = sender.send(String::from_utf8_lossy(&all[told..told + end]).trim_end().to_string());
                 told += end + 1;
             }
-            // A root shell's prompt stands for a line: it has no end until something is typed.
-            if all[told..].ends_with(b"# ") {
+            // A root shell's prompt stands for a line: it has no end until something is typed. Busybox asks for the
+            // cursor's place behind it.
+            let tail = &all[told..];
+            if tail.strip_suffix(b"\x1b[6n").unwrap_or(tail).ends_with(b"# ") {
                 let _ = sender.send(String::from_utf8_lossy(&all[told..]).into_owned());
                 told = all.len();
             }

@@ -24,8 +24,8 @@ const PACKAGES: [(&str, &str); 13] = [
     ("nftables", "/usr/sbin/nft"),
 ];
 
-/// Cargo tools: name, and the version that is installed where it is missing.
-const TOOLS: [(&str, &str); 2] = [("nextest", "0.9"), ("deny", "0.20")];
+/// Cargo tools: name, and which versions will do where it is missing.
+const TOOLS: [(&str, &str); 2] = [("nextest", "^0.9"), ("deny", "^0.20")];
 
 /// Installs what is missing when run as root, and names it when not.
 pub fn ensure() -> Result<()> {
