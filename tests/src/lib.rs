@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// The release build of the command.
@@ -103,9 +104,15 @@ pub struct Running {
     /// The process.
     pub child: Child,
     reader: std::thread::JoinHandle<String>,
-    errors: std::thread::JoinHandle<String>,
+    errors: std::thread::JoinHandle<()>,
+    /// What it has written to its standard error.
+    err: Arc<Mutex<Vec<u8>>>,
     lines: std::sync::mpsc::Receiver<String>,
     pieces: std::sync::mpsc::Receiver<Vec<u8>>,
+}
+
+fn shown(bytes: &Mutex<Vec<u8>>) -> String {
+    String::from_utf8_lossy(&bytes.lock().unwrap()).into_owned()
 }
 
 /// Starts `lodge` with `args`, and `input` typed into it.
@@ -154,12 +161,15 @@ pub fn start_typing(command: &mut Command) -> (Running, ChildStdin) {
         String::from_utf8_lossy(&all).replace('\r', "")
     });
     let mut stderr = child.stderr.take().expect("piped");
+    let err = Arc::new(Mutex::new(Vec::new()));
+    let written = err.clone();
     let errors = std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = stderr.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = stderr.read(&mut buffer) {
+            written.lock().unwrap().extend_from_slice(&buffer[..n]);
+        }
     });
-    (Running { child, reader, errors, lines, pieces }, stdin)
+    (Running { child, reader, errors, err, lines, pieces }, stdin)
 }
 
 impl Running {
@@ -172,7 +182,13 @@ impl Running {
             match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(line) if line.contains(text) => return line,
                 Ok(line) => seen.push(line),
-                Err(e) => panic!("no line with {text:?} ({e}); there was:\n{}", seen.join("\n")),
+                Err(e) => {
+                    panic!(
+                        "no line with {text:?} ({e}); there was:\n{}\n{}",
+                        seen.join("\n"),
+                        shown(&self.err)
+                    )
+                }
             }
         }
     }
@@ -208,14 +224,16 @@ impl Running {
                 self.child.kill().expect("our own child can be killed");
                 let _ = self.child.wait();
                 panic!(
-                    "it did not end in {patience:?}; output so far:\n{}",
-                    self.reader.join().unwrap_or_default()
+                    "it did not end in {patience:?}; output so far:\n{}\n{}",
+                    self.reader.join().unwrap_or_default(),
+                    shown(&self.err)
                 );
             }
             std::thread::sleep(Duration::from_millis(5));
         };
         let out = self.reader.join().expect("the reader does not panic");
-        let err = self.errors.join().expect("the reader does not panic");
+        self.errors.join().expect("the reader does not panic");
+        let err = shown(&self.err);
         Done { status, out, err }
     }
 }

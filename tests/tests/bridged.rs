@@ -32,7 +32,9 @@ fn guests_of_a_network_reach_each_other_and_as_the_host_the_world() {
     let Some(world) = world("nat") else { return };
     world.run(&["net", "create", "lab", "--isolated"]).expect(0);
     let capture = Capture::start(&world.outside);
-    let one = world.start("one", &["--network", "default", "--forward", "198.51.100.2:8080:80"]);
+    let forwards = ["198.51.100.2:8080:80", "[2001:db8::2]:8080:80", "8081:80"];
+    let forwards = forwards.iter().flat_map(|forward| ["--forward", forward]);
+    let one = world.start("one", &["--network", "default"].into_iter().chain(forwards).collect::<Vec<_>>());
     let two = world.start("two", &["--network", "default"]);
     let three = world.start("three", &["--network", "lab"]);
     let guests = [&one, &two, &three];
@@ -50,7 +52,12 @@ fn guests_of_a_network_reach_each_other_and_as_the_host_the_world() {
     world
         .outside
         .run("ip route add 192.168.122.0/24 via 198.51.100.2; ip -6 route add fd00::/8 via 2001:db8::2");
-    let page = world.outside.inside(|| get("198.51.100.2:8080"));
+    for at in ["198.51.100.2:8080", "[2001:db8::2]:8080"] {
+        let page = world.outside.inside(|| get(at));
+        assert!(page.as_ref().is_ok_and(|page| page.ends_with("from a guest\n")), "{at}: {page:?}");
+        assert!(world.outside.inside(|| get(&at.replace("8080", "8081"))).is_err());
+    }
+    let page = world.host.inside(|| get("127.0.0.1:8081"));
     assert!(page.as_ref().is_ok_and(|page| page.ends_with("from a guest\n")), "{page:?}");
     for address in both(&one) {
         let page = world.outside.inside(|| get(&format!("{address}:80")));

@@ -2,11 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use indicatif::HumanBytes;
 use netctl::{Answer, Attach, Attached, Direct, MOST_QUEUES, Request, Rule, Target};
+use networks::forwards::Forwards;
 use networks::tap::{Event, Maker, Tap};
 use networks::user::{self, Forward, Protocol, User};
 use sha2::{Digest, Sha256};
@@ -276,9 +277,10 @@ impl Owner {
                     address: *address,
                     spoofing: *spoofing,
                     rules: self.rules.clone(),
-                    forwards: forwards.iter().map(of_helper).collect::<Result<_, _>>()?,
+                    forwards: forwards.iter().map(of_helper).collect(),
                 };
-                Arc::new(helped(attach, &network.name)?)
+                let own = forwards.iter().filter(|forward| !of_helper(forward).by_kernel());
+                Arc::new(helped(attach, &network.name, &own.copied().collect::<Vec<_>>())?)
             }
         };
         let (model, network_name) = (network.model, network.name.clone());
@@ -293,46 +295,46 @@ impl Owner {
             rules: self.rules.clone(),
             ..user::Options::new(mac)
         };
-        User::new(&options).map_err(|error| {
-            let help = match &error {
-                user::Error::Listen { forward, .. } if forward.listen.port() < 1024 => {
-                    "choose a port from 1024 on: those below are root's"
-                }
-                user::Error::Listen { .. } => "choose another port or address with --forward",
-                user::Error::Host(_) => "see `ulimit -n`, or run without a network: --network none",
-            };
-            anyhow::Error::new(error).context(Help(help.into()))
-        })
+        User::new(&options).map_err(explain)
     }
 }
 
-/// A forward as the network helper makes it: in the kernel, which does so for all addresses of the host but its loopback.
-fn of_helper(forward: &Forward) -> anyhow::Result<netctl::Forward> {
+/// Says what to do about it.
+fn explain(error: user::Error) -> anyhow::Error {
+    let help = match &error {
+        user::Error::Listen { forward, .. } if forward.listen.port() < 1024 => {
+            "choose a port from 1024 on: those below are root's"
+        }
+        user::Error::Listen { .. } => "choose another port or address with --forward",
+        user::Error::Host(_) => "see `ulimit -n`, or run without a network: --network none",
+    };
+    anyhow::Error::new(error).context(Help(help.into()))
+}
+
+fn of_helper(forward: &Forward) -> netctl::Forward {
     let Forward { protocol, listen, port } = *forward;
-    if listen.ip().is_loopback() {
-        let why = format!("this network forwards no port of the host's loopback ({listen})");
-        let help = format!(
-            "write --forward 0.0.0.0:{}:{port} for all of the host's addresses, or connect to the guest's own address",
-            listen.port()
-        );
-        return Err(anyhow::Error::new(Usage(why)).context(Help(help)));
-    }
     let protocol = match protocol {
         Protocol::Tcp => netctl::Protocol::Tcp,
         Protocol::Udp => netctl::Protocol::Udp,
     };
-    Ok(netctl::Forward { protocol, listen, port })
+    netctl::Forward { protocol, listen, port }
 }
 
-/// Has the network helper connect a card.
-fn helped(mut attach: Attach, name: &str) -> anyhow::Result<Tap> {
+/// Has the network helper connect a card. `own`: ports that this process forwards, for the kernel does not.
+fn helped(mut attach: Attach, name: &str, own: &[Forward]) -> anyhow::Result<Tap> {
     let (attached, taps) = ask(&attach)?;
     for note in &attached.notes {
         eprint!("lodge: {note}\r\n");
     }
     attach.again = true;
     let interface = Mutex::new(attached.interface);
-    Ok(Tap::new(taps, Arc::new(Helped { attach, interface, name: name.into() }))?)
+    let helped = Arc::new(Helped { attach, interface, name: name.into(), forwards: OnceLock::new() });
+    // It is connected no more if this fails.
+    let tap = Tap::new(taps, helped.clone())?;
+    if let Some(guest) = attached.address.filter(|_| !own.is_empty()) {
+        let _ = helped.forwards.set(Forwards::new(guest, own).map_err(explain)?);
+    }
+    Ok(tap)
 }
 
 /// What the network helper has connected.
@@ -342,6 +344,8 @@ struct Helped {
     interface: Mutex<String>,
     /// What the user calls it.
     name: String,
+    /// Ports that lead to it by this process.
+    forwards: OnceLock<Forwards>,
 }
 
 impl Helped {
@@ -354,6 +358,9 @@ impl Maker for Helped {
     fn attach(&self) -> Option<Vec<OwnedFd>> {
         let (attached, taps) = ask(&self.attach).ok()?;
         *self.interface() = attached.interface;
+        if let (Some(forwards), Some(guest)) = (self.forwards.get(), attached.address) {
+            forwards.lead_to(guest);
+        }
         Some(taps)
     }
 

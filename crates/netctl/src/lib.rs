@@ -168,7 +168,7 @@ pub struct Attach {
     pub spoofing: bool,
     /// What it may reach and be reached by; the first that applies counts, and what none applies to is allowed.
     pub rules: Vec<Rule>,
-    /// Ports of the host's that lead to it.
+    /// Ports of the host's that lead to it. Those that the kernel does not forward its VM's process does, if the helper agrees.
     pub forwards: Vec<Forward>,
 }
 
@@ -181,6 +181,13 @@ pub struct Forward {
     pub listen: SocketAddr,
     /// The guest's port.
     pub port: u16,
+}
+
+impl Forward {
+    /// Whether the kernel forwards it: it keeps loopback addresses to itself, and a guest's IPv6 address is not known.
+    pub fn by_kernel(&self) -> bool {
+        self.listen.is_ipv4() && !self.listen.ip().is_loopback()
+    }
 }
 
 /// A card that is connected.

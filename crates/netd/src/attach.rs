@@ -169,25 +169,16 @@ impl Helper {
             .cards
             .values()
             .flat_map(|card| card.forwards.iter().map(move |forward| (forward, &card.vm)))
+            .filter(|(forward, _)| forward.by_kernel())
             .collect();
         for (number, forward) in attach.forwards.iter().enumerate() {
             let port = forward.listen.port();
             if forward.protocol == Protocol::Icmp || port == 0 || forward.port == 0 {
                 return Err(Error::new("only ports of TCP and UDP can be forwarded, 1 to 65535"));
             }
-            if forward.listen.is_ipv6() {
-                return Err(Error::new(format!(
-                    "{} cannot be forwarded: the guest's IPv6 address is not known",
-                    forward.listen
-                ))
-                .help("forward from an IPv4 address, such as 0.0.0.0; by IPv6 connect to the guest itself"));
-            }
-            if forward.listen.ip().is_loopback() {
-                return Err(Error::new(format!(
-                    "{} cannot be forwarded: the kernel keeps loopback addresses to itself",
-                    forward.listen
-                ))
-                .help("leave the address out, and connect to another one of this host's"));
+            // Who listens itself hears whether somebody else does.
+            if !forward.by_kernel() {
+                continue;
             }
             // One that was there before goes on: its address may come back.
             if !attach.again {

@@ -2,7 +2,7 @@
 //! ports that lead to guests.
 
 use std::fmt::Write;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use netctl::{Forward, Mode};
@@ -94,7 +94,7 @@ fn write_source(text: &mut String, net: &Net<'_>) -> std::fmt::Result {
 }
 
 fn write_port(text: &mut String, guest: Ipv4Addr, forward: &Forward) -> std::fmt::Result {
-    let IpAddr::V4(listen) = forward.listen.ip() else { return Ok(()) };
+    let listen = forward.listen.ip();
     // What is for others only passes by. And not what is for the host's loopback: the kernel takes no answers for it from outside.
     text.push_str("fib daddr type local ");
     if listen.is_unspecified() {

@@ -246,6 +246,7 @@ impl Helper {
         let ports = self.cards.values().filter_map(|card| Some((card.address?, &card.forwards)));
         let ports: Vec<_> = ports
             .flat_map(|(address, forwards)| forwards.iter().map(move |forward| (address, *forward)))
+            .filter(|(_, forward)| forward.by_kernel())
             .collect();
         let script = firewall::script(&nets, &ports);
         self.set_table(firewall::TABLE, &script).await
