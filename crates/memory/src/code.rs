@@ -57,10 +57,11 @@ impl CodeMap {
         }
         let alias = self.alias.get();
         let _held = alias.map(Alias::hold);
-        let before = lines.fetch_or(mask, Ordering::SeqCst);
-        if let (Some(alias), 0) = (alias, before) {
+        // Who finds a mark believes that the page cannot be written.
+        if let Some(alias) = alias.filter(|alias| !alias.is_protected(offset)) {
             alias.protect(offset, false);
         }
+        let before = lines.fetch_or(mask, Ordering::SeqCst);
         if before & mask != mask {
             order_threads();
         }

@@ -110,6 +110,9 @@ pub struct Cache {
     /// What tests do to rewritten code.
     #[cfg(test)]
     pub spoil: Option<fn(&mut [u8])>,
+    /// What tests do while code is rewritten, once.
+    #[cfg(test)]
+    pub meanwhile: Option<Box<dyn FnOnce() + Send>>,
     /// What happened.
     pub count: Counters,
 }
@@ -147,6 +150,8 @@ impl Cache {
             keep_lock,
             #[cfg(test)]
             spoil: None,
+            #[cfg(test)]
+            meanwhile: None,
             count: Counters::default(),
         })
     }
@@ -271,22 +276,14 @@ impl Cache {
         n
     }
 
-    /// The host address of the block at `offset` in guest memory, translated now if need be.
-    ///
-    /// # Errors
-    /// There is no room even in an empty cache.
-    pub fn find(
-        &mut self,
-        vcpu: &mut interpret::Cpu,
-        frame: &Frame,
-        offset: u64,
-        mode: Mode,
-    ) -> Result<u64, Error> {
+    /// The host address of the block at `offset` in guest memory, translated now if need be. None if it cannot be: the code changes
+    /// meanwhile, or there is no room even in an empty cache.
+    pub fn find(&mut self, vcpu: &mut interpret::Cpu, frame: &Frame, offset: u64, mode: Mode) -> Option<u64> {
         let memory = &vcpu.core().memory;
         let recent = self.recent[Recent::slot(offset, mode)];
         let generation = memory.code().generation(offset);
         if (recent.offset, recent.mode, recent.generation) == (offset, mode, generation) {
-            return Ok(recent.host);
+            return Some(recent.host);
         }
         let memory = memory.clone();
         let n = self.page(&memory, offset & !0xfff, mode);
@@ -297,41 +294,47 @@ impl Cache {
                 let (n, output) = self.build(vcpu, frame, offset, None, mode)?;
                 let host = self.keep(n, output);
                 let n = self.page(&memory, offset & !0xfff, mode);
+                // Bytes of before another vCPU's store are not the page's of now.
+                if self.pages[n as usize].generation != generation {
+                    return None;
+                }
                 self.pages[n as usize].entries.insert(start, host);
                 host
             }
         };
         self.recent[Recent::slot(offset, mode)] = Recent { offset, mode, generation, host };
-        Ok(host)
+        Some(host)
     }
 
-    /// The host address of the one instruction at `offset`, which reaches into the page at `next`.
-    ///
-    /// # Errors
-    /// There is no room even in an empty cache.
+    /// The host address of the one instruction at `offset`, which reaches into the page at `next`. None as for [`Cache::find`].
     pub fn straddler(
         &mut self,
         vcpu: &mut interpret::Cpu,
         frame: &Frame,
         (offset, next): (u64, u64),
         mode: Mode,
-    ) -> Result<u64, Error> {
+    ) -> Option<u64> {
         let memory = vcpu.core().memory.clone();
-        let generations = (memory.code().generation(offset), memory.code().generation(next));
+        let generations =
+            |memory: &Memory| (memory.code().generation(offset), memory.code().generation(next));
+        let before = generations(&memory);
         if let Some(s) = self.straddlers.get(&(offset, mode))
-            && (s.next, s.generations) == (next, generations)
+            && (s.next, s.generations) == (next, before)
         {
-            return Ok(s.host);
+            return Some(s.host);
         }
         let (n, output) = self.build(vcpu, frame, offset, Some(next), mode)?;
         let host = self.keep(n, output);
-        self.straddlers.insert((offset, mode), Straddler { host, next, generations });
-        // Both pages must be looked after.
+        // Both pages must be looked after, as they were when they were read.
         let second = self.page(&memory, next & !0xfff, mode);
+        if generations(&memory) != before {
+            return None;
+        }
+        self.straddlers.insert((offset, mode), Straddler { host, next, generations: before });
         for n in [n, second] {
             self.pages[n as usize].straddlers.push(((offset & 0xfff) as u16, host));
         }
-        Ok(host)
+        Some(host)
     }
 
     fn build(
@@ -341,7 +344,7 @@ impl Cache {
         offset: u64,
         next: Option<u64>,
         mode: Mode,
-    ) -> Result<(u32, Output), Error> {
+    ) -> Option<(u32, Output)> {
         let core = vcpu.core();
         let (memory, cpuid, options) = (core.memory.clone(), core.cpuid.clone(), interpret::options(core));
         for _ in 0..2 {
@@ -377,15 +380,18 @@ impl Cache {
                     let (guest, at): (Vec<u8>, _) = (guest.collect(), self.buffer.next());
                     trace.block(offset & !0xfff, start, mode.bits(), &guest, at, &output.code);
                 }
-                return Ok((n, output));
+                return Some((n, output));
             }
             self.flush(frame);
         }
-        Err(Error::Space)
+        None
     }
 
     #[cfg(test)]
-    fn spoiled(&self, mut output: Output) -> Output {
+    fn spoiled(&mut self, mut output: Output) -> Output {
+        if let Some(meanwhile) = self.meanwhile.take() {
+            meanwhile();
+        }
         if let Some(spoil) = self.spoil {
             spoil(&mut output.code);
         }

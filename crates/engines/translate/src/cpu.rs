@@ -250,7 +250,7 @@ impl Cpu {
         let user = core.cpl == 3;
         let global = core.tlb.is_global(user, linear) && core.tlb.is_global(user, second);
         let found = self.cache.straddler(&mut self.vcpu, &self.frame, (offset, next), mode);
-        let Ok(host) = found else { return Ok(None) };
+        let Some(host) = found else { return Ok(None) };
         self.frame.set_jump(tag, host);
         self.spaces.entered(linear, user, global);
         self.spaces.entered(second, user, global);
@@ -258,7 +258,7 @@ impl Cpu {
     }
 
     pub(crate) fn find(&mut self, offset: u64, mode: Mode) -> Option<u64> {
-        self.cache.find(&mut self.vcpu, &self.frame, offset, mode).ok()
+        self.cache.find(&mut self.vcpu, &self.frame, offset, mode)
     }
 
     /// Runs translated code until something else has to be looked at.

@@ -1,5 +1,6 @@
 //! Tests of the whole engine: a processor, a little memory, a few instructions.
 
+mod changes;
 mod files;
 mod lockstep;
 
