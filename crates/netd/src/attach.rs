@@ -14,7 +14,7 @@ use crate::links::{Kind, Link};
 use crate::networks::Net;
 use crate::process::{Process, started};
 use crate::store::Card;
-use crate::{Error, Result, direct, settings};
+use crate::{Error, Result, direct, savi, settings};
 
 /// Cards of all users.
 const MOST_CARDS: usize = 1024;
@@ -54,6 +54,15 @@ impl Card {
             ipv6: net.map(|net| (net.ipv6, [net.ipv6.addr(), link_local(net.mac())])),
             spoofing: self.spoofing,
             rules: &self.rules,
+        }
+    }
+
+    /// Whose IPv6 addresses it has.
+    pub(crate) fn source(&self) -> savi::Source<'_> {
+        savi::Source {
+            interface: &self.interface,
+            reversed: matches!(self.to, Target::Direct { .. }),
+            uid: self.uid,
         }
     }
 }
@@ -245,6 +254,7 @@ impl Helper {
         self.cards.insert(card.interface.clone(), card.clone());
         settings::leave_alone(&tap.name);
         self.set_filter(&tap.name).await?;
+        self.set_source(card).await?;
         self.links.set_alias(&tap, &format!("lodge {}", card.vm)).await?;
         // A bridge may take the lowest address of its ports for its own, and is not to change it because of this one.
         if let Some(mac) = tap_mac(card.mac) {
@@ -345,6 +355,7 @@ impl Helper {
         self.cards.insert(card.interface.clone(), card.clone());
         settings::leave_alone(&link.name);
         self.set_filter(&link.name).await?;
+        self.set_source(card).await?;
         self.links.set_alias(&link, &format!("lodge {}", card.vm)).await?;
         let descriptors = direct::open_queues(&link, queues, self.store.runtime())?;
         // The groups that the guest joins (IPv6 finds neighbours by them) the host does not know.
@@ -426,7 +437,7 @@ impl Helper {
         if let Some(net) = card.network().and_then(|name| self.networks.get(name)) {
             net.leases.release(card.mac);
         }
-        let mut results = vec![self.drop_filter(&card.interface).await];
+        let mut results = vec![self.drop_source(card).await, self.drop_filter(&card.interface).await];
         if !card.forwards.is_empty() {
             results.push(self.set_firewall().await);
         }

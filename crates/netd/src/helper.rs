@@ -1,6 +1,6 @@
 //! The helper's state, what it is at the start, and who gets to change it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
@@ -15,7 +15,7 @@ use crate::networks::Net;
 use crate::policy::Rights;
 use crate::process::{Process, started};
 use crate::store::Card;
-use crate::{Error, Result, Store, addresses, filter, firewall, nft};
+use crate::{Error, Result, Store, addresses, filter, firewall, nft, savi};
 
 /// Who asks, as the kernel tells.
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +81,7 @@ impl Helper {
 
     async fn adopt_cards(&mut self, tables: Vec<String>) -> Result<()> {
         let links = self.links.all().await?;
+        let mut dead = Vec::new();
         for card in self.store.cards()? {
             let link =
                 links.iter().find(|link| link.name == card.interface && Some(link.index) == card.index);
@@ -105,7 +106,19 @@ impl Helper {
                         None => self.set_filter(&interface).await?,
                     }
                 }
-                _ => self.unplug(&card).await,
+                _ => dead.push(card),
+            }
+        }
+        // What the living share with one is not to go with it.
+        for card in dead {
+            self.unplug(&card).await;
+        }
+        let devices: BTreeSet<_> = self.cards.values().filter_map(|card| self.savi_device(card)).collect();
+        let devices: BTreeSet<_> = devices.into_iter().map(str::to_owned).collect();
+        for device in &devices {
+            // Another version of the helper may have made sets of another kind.
+            if self.set_savi(device, "").await.is_err() {
+                self.set_savi(device, &savi::without(device)).await?;
             }
         }
         for table in tables {
@@ -113,6 +126,11 @@ impl Helper {
                 && !self.cards.contains_key(interface)
             {
                 nft::apply(&filter::without(interface)).await?;
+            }
+            if let Some(device) = table.strip_prefix("lodge6-")
+                && !devices.contains(device)
+            {
+                nft::apply(&savi::without(device)).await?;
             }
         }
         Ok(())
@@ -203,8 +221,11 @@ impl Helper {
 
     async fn list(&self) -> Result<Vec<Status>> {
         let counters = nft::counters().await?;
-        let count = |interface: &str, name: &str| {
-            counters.get(&(format!("lodge-{interface}"), name.to_owned())).copied().unwrap_or(0)
+        let count = |table: String, name: &str| counters.get(&(table, name.to_owned())).copied().unwrap_or(0);
+        let spoofed = |card: &Card| {
+            let device = self.savi_device(card).unwrap_or_default();
+            count(format!("lodge-{}", card.interface), "spoofed")
+                + count(format!("lodge6-{device}"), &card.interface)
         };
         let cards = |belongs: &dyn Fn(&Card) -> bool| {
             let cards = self.cards.values().filter(|card| belongs(card)).map(|card| netctl::Card {
@@ -213,8 +234,8 @@ impl Helper {
                 mac: card.mac,
                 address: card.address,
                 interface: card.interface.clone(),
-                spoofed: count(&card.interface, "spoofed"),
-                denied: count(&card.interface, "denied"),
+                spoofed: spoofed(card),
+                denied: count(format!("lodge-{}", card.interface), "denied"),
             });
             cards.collect()
         };
@@ -263,6 +284,43 @@ impl Helper {
         self.store.keep_card(card)
     }
 
+    /// The bridge or link on which a card keeps to its own IPv6 addresses, if it is to.
+    fn savi_device<'a>(&'a self, card: &'a Card) -> Option<&'a str> {
+        let network = card.network().and_then(|name| self.networks.get(name));
+        let device = network.map(|net| &net.device);
+        (!card.spoofing).then_some(device.or_else(|| card.link())?).map(String::as_str)
+    }
+
+    /// Has the cards on a bridge or link keep to their IPv6 addresses. `first`: a script that comes before.
+    async fn set_savi(&mut self, device: &str, first: &str) -> Result<()> {
+        let links = self.links.all().await?;
+        // The end of one whose link is gone is about to be noticed.
+        let is_there = |card: &&Card| links.iter().any(|link| Some(link.index) == card.index);
+        let cards = self.cards.values().filter(|card| self.savi_device(card) == Some(device));
+        let cards = cards.filter(is_there).map(Card::source);
+        let script = first.to_owned() + &savi::script(device, cards);
+        self.set_table(&savi::table(device), &script).await
+    }
+
+    /// Has a card that is connected keep to its IPv6 addresses.
+    pub(crate) async fn set_source(&mut self, card: &Card) -> Result<()> {
+        match self.savi_device(card).map(str::to_owned) {
+            Some(device) => self.set_savi(&device, "").await,
+            None => Ok(()),
+        }
+    }
+
+    /// Forgets a card, and who had which address if there is nobody left to take it.
+    pub(crate) async fn drop_source(&mut self, card: &Card) -> Result<()> {
+        let Some(device) = self.savi_device(card).map(str::to_owned) else { return Ok(()) };
+        let table = savi::table(&device);
+        if self.cards.values().any(|card| self.savi_device(card) == Some(&device)) {
+            return self.set_savi(&device, &savi::without_card(&device, &card.interface)).await;
+        }
+        self.tables.remove(&table);
+        nft::apply(&savi::without(&device)).await
+    }
+
     pub(crate) async fn set_table(&mut self, table: &str, script: &str) -> Result<()> {
         nft::apply(script).await?;
         match nft::table(table).await? {
@@ -291,18 +349,28 @@ impl Helper {
         let links = self.links.all().await?;
         let (mut repaired, mut failed) = (Vec::new(), None);
         for name in names {
-            let interface = name.strip_prefix("netdev lodge-");
+            let (interface, device) =
+                (name.strip_prefix("netdev lodge-"), name.strip_prefix("netdev lodge6-"));
             // A link that is gone takes its chains along, and its process's end is about to be noticed.
-            let is_gone = interface.is_some_and(|name| links.iter().all(|link| link.name != name));
-            if is_gone || nft::table(&name).await?.as_ref() == self.tables.get(&name) {
+            let gone = |name: &str| links.iter().all(|link| link.name != name);
+            let lost = |device| {
+                self.cards
+                    .values()
+                    .any(|card| self.savi_device(card) == Some(device) && gone(&card.interface))
+            };
+            if interface.is_some_and(gone)
+                || device.is_some_and(lost)
+                || nft::table(&name).await?.as_ref() == self.tables.get(&name)
+            {
                 continue;
             }
-            let set = match interface {
-                Some(interface) => match self.access_by(interface) {
+            let set = match (interface, device) {
+                (Some(interface), _) => match self.access_by(interface) {
                     Some(parent) => self.set_access_filter(&parent).await,
                     None => self.set_filter(interface).await,
                 },
-                None => self.set_firewall().await,
+                (None, Some(device)) => self.set_savi(device, &savi::without(device)).await,
+                (None, None) => self.set_firewall().await,
             };
             match set {
                 Ok(()) => repaired.push(name),

@@ -21,6 +21,7 @@ mod networks;
 pub mod nft;
 pub mod policy;
 mod process;
+mod savi;
 pub mod server;
 pub mod settings;
 mod store;

@@ -303,9 +303,10 @@ impl Helper {
             return Err(Error::new(format!("VMs are connected to the network {name}: {}", vms.join(", ")))
                 .help("stop them first, or use --force: their links go down"));
         }
-        for card in cards {
-            self.cards.remove(&card.interface);
-            self.unplug(&card).await;
+        // All of them at first: nothing is then set for those that are left.
+        cards.iter().for_each(|card| _ = self.cards.remove(&card.interface));
+        for card in &cards {
+            self.unplug(card).await;
         }
         if let Some(net) = self.networks.get_mut(name) {
             net.lan = None;

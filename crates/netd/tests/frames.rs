@@ -3,6 +3,8 @@
 mod world;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use netctl::{Answer, Direct, Mac, Request, Target};
 use world::{World, card, mac, network, receive_until, send};
@@ -114,8 +116,8 @@ fn good_and_bad(own: Ipv4Addr, host: Option<Ipv6Addr>) -> (Vec<Vec<u8>>, Vec<Vec
 fn try_frames(
     world: &World,
     link: &str,
-    tap: &std::os::fd::OwnedFd,
-    other: &std::os::fd::OwnedFd,
+    tap: &OwnedFd,
+    other: &OwnedFd,
     own: Ipv4Addr,
     host: Option<Ipv6Addr>,
 ) {
@@ -165,6 +167,108 @@ fn a_guest_sends_under_its_own_addresses_only() {
     let bad = frame(ALL, mac(9), 0x0800, &ipv4(own, Ipv4Addr::BROADCAST, UDP, &ports(67, 68, b"a server")));
     send(&tap, &bad);
     receive_until(&other, &bad);
+}
+
+/// A question for an address, or the answer that it is here (RFC 4861, 4.3 and 4.4).
+fn discovery(number: u8, from: Ipv6Addr, kind: u8, target: Ipv6Addr) -> Vec<u8> {
+    let message =
+        [&[kind, 0, 0, 0, 0x20, 0, 0, 0][..], &target.octets(), &[2, 1], &mac(number).bytes()].concat();
+    frame(ALL, mac(number), 0x86dd, &ipv6(from, "ff02::1".parse().unwrap(), 58, &message))
+}
+
+fn says(number: u8, from: Ipv6Addr) -> Vec<u8> {
+    frame(ALL, mac(number), 0x86dd, &ipv6(from, "ff02::1".parse().unwrap(), UDP, &ports(1, 2, b"hello")))
+}
+
+fn spoofed(world: &World, link: &str) -> u64 {
+    let Ok(Answer::Networks(networks)) = world.ask(&Request::List) else { panic!() };
+    let cards = networks.iter().flat_map(|network| &network.cards);
+    cards.filter(|card| card.interface == link).map(|card| card.spoofed).sum()
+}
+
+/// Whether a frame of the card of this number gets from one TAP to another.
+fn passes(number: u8, from: &OwnedFd, to: &OwnedFd, bytes: &[u8]) -> bool {
+    static MARKERS: AtomicU32 = AtomicU32::new(1);
+    let asked = Ipv4Addr::from_bits(MARKERS.fetch_add(1, Ordering::Relaxed));
+    let marker = frame(ALL, mac(number), 0x0806, &arp(mac(number), Ipv4Addr::UNSPECIFIED, asked));
+    send(from, bytes);
+    send(from, &marker);
+    receive_until(to, &marker).iter().any(|arrived| arrived == bytes)
+}
+
+#[test]
+fn an_ipv6_address_is_that_of_who_comes_first() {
+    let links = "ip link add e0 type veth peer name e1; ip link set e0 up; ip link set e1 up; \
+                 ip link add br7 type bridge; ip link set br7 up";
+    let Some(mut world) = World::new(links) else { return };
+    let direct = Target::Direct { link: "e0".into(), mode: Direct::Bridge, host_access: false };
+    for to in [network("default"), Target::Bridge("br7".into()), direct] {
+        let (one, first) = world.attach(card(1, to.clone()));
+        let (two, second) = world.attach(card(2, to.clone()));
+        let Ok(Answer::Networks(networks)) = world.ask(&Request::List) else { panic!() };
+        let prefix = networks[0].network.as_ref().unwrap().ipv6.unwrap().trunc().addr().to_bits();
+        let nobody = Ipv6Addr::UNSPECIFIED;
+        let global = |number: u128| Ipv6Addr::from_bits(prefix | number);
+        let local = |number: u128| Ipv6Addr::from_bits(0xfe80 << 112 | number);
+        let (question, advert) = (135, 136);
+        let steps = [
+            ("a first address", true, says(1, global(10))),
+            ("a second", true, says(1, global(11))),
+            ("one of the link", true, says(1, local(1))),
+            ("a neighbour's", false, says(2, global(10))),
+            ("a neighbour's of the link", false, says(2, local(1))),
+            ("its own", true, says(2, local(2))),
+            ("that it has the neighbour's", false, discovery(2, local(2), advert, global(10))),
+            ("that somebody has it", false, discovery(2, nobody, advert, global(10))),
+            ("that it has its own", true, discovery(2, global(20), advert, global(20))),
+            ("which is its own by that", false, says(1, global(20))),
+            // Who looks whether an address is free has it, if it is.
+            ("whether one is free", true, discovery(1, nobody, question, global(12))),
+            ("that it is not", false, discovery(2, local(2), advert, global(12))),
+            ("whether a neighbour's is free", true, discovery(2, nobody, question, global(10))),
+            ("that it is not, by the neighbour", true, discovery(1, global(10), advert, global(10))),
+            ("using it all the same", false, says(2, global(10))),
+            ("whose the own is, by who is nobody", true, discovery(2, nobody, question, local(2))),
+        ];
+        for (what, good, bytes) in &steps {
+            let is_one = bytes[6..12] == mac(1).bytes();
+            let (number, from, to) = if is_one { (1, &first, &second) } else { (2, &second, &first) };
+            assert_eq!(passes(number, from, to, bytes), *good, "{what}");
+        }
+        let count = |number: u8| {
+            let bad = steps.iter().filter(|(_, good, bytes)| !good && bytes[6..12] == mac(number).bytes());
+            bad.count() as u64
+        };
+        let counted = |world: &World| [&one, &two].map(|card| spoofed(world, &card.interface));
+        assert_eq!(counted(&world), [count(1), count(2)]);
+
+        // Another helper knows as much.
+        let rules = world.rules();
+        world.kill();
+        world.start();
+        assert_eq!((world.rules(), counted(&world)), (rules, [count(1), count(2)]));
+        assert!(!passes(2, &second, &first, &says(2, global(10))), "after a start");
+        // The card has its addresses when it comes back; and somebody who cleared all has made room.
+        world.ask(&Request::Detach { interface: one.interface }).unwrap();
+        let (one, first) = world.attach(card(1, to.clone()));
+        assert!(!passes(2, &second, &first, &says(2, global(10))), "while it was away");
+        assert!(passes(1, &first, &second, &says(1, global(10))), "when it is back");
+        world.host.run("nft flush ruleset");
+        world.until("it is repaired", || world.rules().matches("priority filter + 10").count() == 2);
+        assert!(passes(2, &second, &first, &says(2, global(10))), "who is first now");
+
+        // One guest cannot have all addresses. Those that it has go on.
+        let gets = (100..200).filter(|number| passes(2, &second, &first, &says(2, global(*number)))).count();
+        assert!((28..34).contains(&gets), "{gets}");
+        assert!(passes(2, &second, &first, &says(2, global(10))));
+        // Who may pretend may do so here, too.
+        let (three, third) = world.attach(netctl::Attach { spoofing: true, ..card(3, to.clone()) });
+        assert!(passes(3, &third, &first, &says(3, global(10))), "who may pretend");
+        for card in [one, two, three] {
+            world.ask(&Request::Detach { interface: card.interface }).unwrap();
+        }
+        assert!(!world.rules().contains("lodge6"), "{}", world.rules());
+    }
 }
 
 #[test]
