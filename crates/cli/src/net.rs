@@ -218,8 +218,8 @@ fn leases(name: &str, json: bool) -> anyhow::Result<ExitCode> {
         print(&serde_json::to_string_pretty(&leases)?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut rows = table(&["ADDRESS", "MAC", "NAME", "ASKED FOR"]);
-    for Lease { mac, address, name, seen, fixed } in &leases {
+    let mut rows = table(&["ADDRESS", "MAC", "NAME", "UID", "ASKED FOR"]);
+    for Lease { mac, address, name, owner, seen, fixed } in &leases {
         let asked = match seen {
             Some(seen) => {
                 let at = SystemTime::UNIX_EPOCH + Duration::from_secs(*seen);
@@ -228,7 +228,9 @@ fn leases(name: &str, json: bool) -> anyhow::Result<ExitCode> {
             None => "never".into(),
         };
         let asked = if *fixed { format!("{asked} (declared)") } else { asked };
-        rows.add_row([address.to_string(), mac.to_string(), name.clone().unwrap_or_default(), asked]);
+        let owner = owner.map_or_else(String::new, |uid| uid.to_string());
+        let name = name.clone().unwrap_or_default();
+        rows.add_row([address.to_string(), mac.to_string(), name, owner, asked]);
     }
     print(&rows.to_string())?;
     Ok(ExitCode::SUCCESS)

@@ -1,5 +1,6 @@
 //! Which card has which address.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
@@ -18,6 +19,8 @@ use crate::names::label;
 const MOST: usize = 1 << 16;
 /// A lease in the file is so many bytes at most.
 const LONGEST: u64 = 512;
+/// A user's name or card that was not connected for so long is anybody's, in seconds.
+const HOLD: u64 = 30 * 24 * 3600;
 /// When a card has asked is written down so often, in seconds.
 const FRESH: u64 = 60;
 
@@ -40,6 +43,12 @@ pub enum Error {
     /// The address wished for is not the one that the network declares.
     #[error("{mac} is declared to have {declared} in this network, not {address}")]
     Declared { mac: Mac, declared: Ipv4Addr, address: Ipv4Addr },
+    /// The card is another user's.
+    #[error("{mac} is the address of another user's VM, {vm}")]
+    ForeignCard { mac: Mac, vm: String },
+    /// So is the name.
+    #[error("another user has a VM called {0} in this network")]
+    ForeignName(String),
     /// Two cards with one address, or one card with two.
     #[error("{0} is declared twice")]
     Twice(String),
@@ -56,6 +65,9 @@ struct Entry {
     /// The name of the VM whose card it was last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     vm: Option<String>,
+    /// The user whose VM that was first. Nobody's, if it was connected by a version that did not ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    owner: Option<u32>,
     /// When it was connected last or went, in seconds since 1970.
     used: u64,
     /// When it asked last.
@@ -94,6 +106,13 @@ impl State {
 
     fn card(&mut self, mac: Mac) -> Option<&mut Entry> {
         self.entries.get_mut(self.cards.get(&mac)?)
+    }
+
+    /// Whose it is, if it is somebody's still.
+    fn owner(&self, entry: &Entry) -> Option<u32> {
+        let used = entry.used.max(entry.seen.unwrap_or(0));
+        let held = self.connected.contains(&entry.mac) || now().saturating_sub(used) < HOLD;
+        entry.owner.filter(|_| held)
     }
 }
 
@@ -148,14 +167,42 @@ impl Leases {
         Ok(leases)
     }
 
+    /// Whether a user may connect this card of a VM of this name: neither is another user's. Root may all.
+    ///
+    /// # Errors
+    /// One of them is.
+    pub fn check_owner(&self, mac: Mac, vm: &str, uid: u32) -> Result<(), Error> {
+        if uid == 0 {
+            return Ok(());
+        }
+        let state = self.lock();
+        let card = state.cards.get(&mac).and_then(|address| state.entries.get(address));
+        if let Some(entry) = card
+            && state.owner(entry).is_some_and(|owner| owner != uid)
+        {
+            return Err(Error::ForeignCard { mac, vm: entry.vm.clone().unwrap_or_default() });
+        }
+        let Some(name) = label(vm) else { return Ok(()) };
+        let called = state.entries.values().filter(|entry| {
+            let other = entry.vm.as_deref().and_then(label);
+            other.is_some_and(|other| other == name)
+        });
+        let owners: HashSet<u32> = called.filter_map(|entry| state.owner(entry)).collect();
+        // Who has it already keeps it, whatever root has done since.
+        if owners.is_empty() || owners.contains(&uid) { Ok(()) } else { Err(Error::ForeignName(vm.into())) }
+    }
+
     /// The address that this card always gets: the declared one, else `wanted`, else that of before, else a free one; and if none is
-    /// free, that of the card that was connected the longest time ago. The card is `vm`'s and connected from now on.
+    /// free, that of the card that was connected the longest time ago, of the user with most such. The card is `vm`'s, which is the user
+    /// `uid`'s, and connected from now on.
     ///
     /// # Errors
     /// There is no such address, or it cannot be written down.
-    pub fn reserve(&self, mac: Mac, vm: &str, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, Error> {
+    pub fn reserve(&self, mac: Mac, vm: &str, uid: u32, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, Error> {
         let mut state = self.lock();
         let before = state.card(mac).map(|entry| (entry.address, entry.seen));
+        // What root does with a user's card takes it from nobody.
+        let owner = state.card(mac).and_then(|entry| entry.owner).filter(|_| uid == 0).unwrap_or(uid);
         let address = match (self.fixed.get(&mac), wanted) {
             (Some(host), Some(address)) if host.address != address => {
                 return Err(Error::Declared { mac, declared: host.address, address });
@@ -168,7 +215,7 @@ impl Leases {
             },
         };
         let seen = before.and_then(|(before, seen)| seen.filter(|_| before == address));
-        state.add(Entry { mac, address, vm: Some(vm.into()), used: now(), seen });
+        state.add(Entry { mac, address, vm: Some(vm.into()), owner: Some(owner), used: now(), seen });
         // Who would lose an address that is not written down has none.
         self.write(&state)?;
         state.connected.insert(mac);
@@ -193,13 +240,21 @@ impl Leases {
         let mut all: BTreeMap<Ipv4Addr, Lease> = BTreeMap::new();
         for host in self.fixed.values() {
             let (mac, address, name) = (host.mac, host.address, host.name.clone());
-            all.insert(address, Lease { mac, address: address.into(), name, seen: None, fixed: true });
+            all.insert(
+                address,
+                Lease { mac, address: address.into(), name, owner: None, seen: None, fixed: true },
+            );
         }
-        for Entry { mac, address, vm, seen, .. } in state.entries.values() {
+        for entry in state.entries.values() {
+            let Entry { mac, address, vm, seen, .. } = entry;
+            let owner = state.owner(entry);
             let declared = self.fixed.get(mac);
             let name = declared.and_then(|host| host.name.clone()).or_else(|| vm.clone());
             let fixed = declared.is_some();
-            all.insert(*address, Lease { mac: *mac, address: (*address).into(), name, seen: *seen, fixed });
+            all.insert(
+                *address,
+                Lease { mac: *mac, address: (*address).into(), name, owner, seen: *seen, fixed },
+            );
         }
         all.into_values().collect()
     }
@@ -289,8 +344,12 @@ impl Leases {
             return Ok(free);
         }
         let gone = state.entries.values().filter(|entry| !state.connected.contains(&entry.mac));
-        let gone = gone.filter(|entry| !self.fixed.contains_key(&entry.mac));
-        let oldest = gone.min_by_key(|entry| entry.used.max(entry.seen.unwrap_or(0)));
+        let gone: Vec<&Entry> = gone.filter(|entry| !self.fixed.contains_key(&entry.mac)).collect();
+        // Who connects one card after another drives out nobody's but their own.
+        let mut counts = HashMap::<Option<u32>, usize>::new();
+        gone.iter().for_each(|entry| *counts.entry(entry.owner).or_default() += 1);
+        let used = |entry: &&&Entry| entry.used.max(entry.seen.unwrap_or(0));
+        let oldest = gone.iter().min_by_key(|entry| (Reverse(counts[&entry.owner]), used(entry)));
         let oldest = oldest.map(|entry| (entry.mac, entry.address));
         let (mac, address) = oldest.ok_or(Error::Full { count: most, net: self.pool.trunc() })?;
         state.entries.remove(&address);

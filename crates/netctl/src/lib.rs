@@ -244,6 +244,9 @@ pub struct Lease {
     pub address: IpAddr,
     /// The name of the VM or host.
     pub name: Option<String>,
+    /// The user whose VM it is: no other but root gets the card's address or the name. None, if it is nobody's any more, or only declared.
+    #[serde(default)]
+    pub owner: Option<u32>,
     /// It was asked for last, in seconds since 1970. None: it was kept for the card, and never asked for.
     pub seen: Option<u64>,
     /// It is declared, and nobody else gets it.

@@ -97,7 +97,11 @@ impl Helper {
                 let notes = if attach.again { self.runs(&name)? } else { self.ensure(&name).await? };
                 let net = self.known(&name)?;
                 let device = net.device.clone();
-                card.address = Some(net.reserve(card.mac, &card.vm, card.address)?);
+                net.leases.check_owner(card.mac, &card.vm, card.uid).map_err(|error| {
+                    Error::new(error.to_string())
+                        .help("give this VM another name with --name; and the card another address, if mac= is said")
+                })?;
+                card.address = Some(net.reserve(&card)?);
                 (notes, self.plug_tap(&mut card, &device, attach.queues).await?)
             }
             Target::Bridge(name) => (Vec::new(), self.plug_tap(&mut card, &name, attach.queues).await?),

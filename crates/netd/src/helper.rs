@@ -92,7 +92,7 @@ impl Helper {
                     let interface = card.interface.clone();
                     self.watch(&card, process);
                     if let Some(net) = card.network().and_then(|name| self.networks.get(name))
-                        && let Err(error) = net.reserve(card.mac, &card.vm, card.address)
+                        && let Err(error) = net.reserve(&card)
                     {
                         eprintln!("warning: {error}");
                     }

@@ -10,6 +10,7 @@ use netctl::{Declared, Mac, Mode, Network};
 use crate::addresses::{self, DEFAULT, Taken, alias, bridge_mac, is_bridge_of};
 use crate::helper::Helper;
 use crate::links::Link;
+use crate::store::Card;
 use crate::{Context, Error, Result, firewall, settings};
 
 /// Networks that there may be.
@@ -52,9 +53,9 @@ impl Net {
     }
 
     /// The address that a card has from now on.
-    pub fn reserve(&self, mac: Mac, vm: &str, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr> {
-        let given = self.leases.reserve(mac, vm, wanted);
-        given.context(|| format!("the network {} has no address for {vm}", self.declared.name))
+    pub fn reserve(&self, card: &Card) -> Result<Ipv4Addr> {
+        let given = self.leases.reserve(card.mac, &card.vm, card.uid, card.address);
+        given.context(|| format!("the network {} has no address for {}", self.declared.name, card.vm))
     }
 
     /// Starts its servers.
@@ -133,7 +134,7 @@ impl Helper {
         let leases = Arc::new(leases.context(|| format!("the network {name} cannot give addresses"))?);
         let net = Net { declared, device, ipv4, ipv6, active: false, leases, lan: None };
         for card in self.cards.values().filter(|card| card.network() == Some(&name)) {
-            net.reserve(card.mac, &card.vm, card.address)?;
+            net.reserve(card)?;
         }
         self.networks.insert(name, net);
         Ok(())

@@ -179,6 +179,20 @@ fn who_may_and_who_may_not() {
     assert!(try_it(&Attach { spoofing: true, ..card(1, Target::Bridge("br7".into())) }).is_ok());
     assert!(try_it(&card(1, network("default"))).unwrap_err().contains("netd.toml"));
 
+    // Names and cards are those of who had them first, even while they are off. Root may all.
+    let allow = |user| format!("[[allow]]\nuser = \"{user}\"\nattach = [\"*\"]\n");
+    fs::write(world.path("netd.toml"), allow("nobody") + &allow("4712")).unwrap();
+    let other = |attach: &Attach| Vm::start(&world, attach, 4712).1.clone();
+    let why = other(&card(1, network("default"))).unwrap_err();
+    assert!(why.contains("another user's VM, vm1") && why.contains("--name"), "{why}");
+    let why = other(&Attach { vm: "vm1".into(), ..card(7, network("default")) }).unwrap_err();
+    assert!(why.contains("a VM called vm1") && why.contains("--name"), "{why}");
+    assert!(other(&card(7, network("default"))).is_ok() && try_it(&card(1, network("default"))).is_ok());
+    let Ok(Answer::Leases(leases)) = world.ask(&Request::Leases { network: "default".into() }) else {
+        panic!()
+    };
+    assert_eq!(leases.iter().map(|lease| lease.owner).collect::<Vec<_>>(), [Some(nobody), Some(4712)]);
+
     // Others' cards are not theirs to disconnect.
     let (mine, _descriptor) = world.attach(card(2, network("default")));
     let other = Vm::start(&world, &card(3, Target::Bridge("br7".into())), nobody);

@@ -19,7 +19,7 @@ fn bed() -> &'static (Server, Leases, tempfile::TempDir) {
         let pool = "10.0.0.1/24".parse().expect("a network");
         let leases = Leases::open(&dir.path().join("leases"), pool, Vec::new()).expect("there are none");
         let mac = netctl::Mac::new(MAC).expect("a card's");
-        assert_eq!(leases.reserve(mac, "web", None).expect("there is one"), MINE);
+        assert_eq!(leases.reserve(mac, "web", 0, None).expect("there is one"), MINE);
         (Server { pool, router: true, domain: "lodge.".parse().expect("a domain") }, leases, dir)
     })
 }

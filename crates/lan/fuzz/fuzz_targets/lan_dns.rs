@@ -14,7 +14,7 @@ fn bed() -> &'static (Zone, Leases, tempfile::TempDir) {
         let ipv4 = "10.0.0.1/24".parse().expect("a network");
         let leases = Leases::open(&dir.path().join("leases"), ipv4, Vec::new()).expect("there are none");
         let mac = netctl::Mac::new([0x52, 0x4c, 0, 0, 0, 1]).expect("a card's");
-        leases.reserve(mac, "web", None).expect("there is one");
+        leases.reserve(mac, "web", 0, None).expect("there is one");
         let ipv6 = "fd00::1/64".parse().ok();
         (Zone { ipv4, ipv6, domain: "lodge.".parse().expect("a domain"), router: true }, leases, dir)
     })

@@ -43,7 +43,7 @@ fn a_guest_on_a_bridge() {
     let bed = Bed::new("10.7.0.1/24");
     let leases = Arc::new(bed.open());
     let mac: Mac = "52:4c:00:00:00:01".parse().unwrap();
-    let mine = leases.reserve(mac, "web", None).unwrap();
+    let mine = leases.reserve(mac, "web", 0, None).unwrap();
     let resolv_conf = write(bed.dir.path(), "resolv.conf", "nameserver 127.0.0.1\n");
     let options = Options {
         device: "br0".into(),

@@ -61,7 +61,7 @@ fn two_hundred_cards_keep_their_addresses() {
     let server = server(&bed);
     let all = |leases: &Leases| -> Vec<Ipv4Addr> {
         let reserve = |n| {
-            let reserved = leases.reserve(mac(n), &format!("vm-{n}"), None).unwrap();
+            let reserved = leases.reserve(mac(n), &format!("vm-{n}"), 0, None).unwrap();
             assert_eq!(lease(&server, leases, mac(n)), reserved);
             reserved
         };
@@ -80,7 +80,7 @@ fn two_hundred_cards_keep_their_addresses() {
     let leases = bed.open();
     assert!(leases.connected(mac(1)).is_none(), "nothing is connected yet");
     for n in (1..=200).rev() {
-        leases.reserve(mac(n), "again", None).unwrap();
+        leases.reserve(mac(n), "again", 0, None).unwrap();
     }
     assert_eq!(all(&leases), given);
 }
@@ -91,15 +91,58 @@ fn a_full_network_takes_from_those_who_left_first() {
     let mut bed = Bed::new("10.0.0.1/29");
     bed.fixed = vec![host(100, "10.0.0.3", Some("db"))];
     let leases = bed.open();
-    let given: Vec<Ipv4Addr> = (1..=4).map(|n| leases.reserve(mac(n), "vm", None).unwrap()).collect();
+    let given: Vec<Ipv4Addr> = (1..=4).map(|n| leases.reserve(mac(n), "vm", 0, None).unwrap()).collect();
     assert_eq!(given, [2, 4, 5, 6].map(|n| Ipv4Addr::new(10, 0, 0, n)));
-    let error = leases.reserve(mac(5), "late", None).unwrap_err();
+    let error = leases.reserve(mac(5), "late", 0, None).unwrap_err();
     assert!(error.to_string().starts_with("all 5 addresses of 10.0.0.0/29 are given"), "{error}");
     leases.release(mac(3));
-    assert_eq!(leases.reserve(mac(5), "late", None).unwrap(), given[2]);
-    assert!(matches!(leases.reserve(mac(3), "back", None), Err(Error::Full { .. })));
-    assert_eq!(leases.reserve(mac(100), "db", None).unwrap(), Ipv4Addr::new(10, 0, 0, 3));
+    assert_eq!(leases.reserve(mac(5), "late", 0, None).unwrap(), given[2]);
+    assert!(matches!(leases.reserve(mac(3), "back", 0, None), Err(Error::Full { .. })));
+    assert_eq!(leases.reserve(mac(100), "db", 0, None).unwrap(), Ipv4Addr::new(10, 0, 0, 3));
     assert_eq!(leases.list().len(), 5);
+}
+
+#[test]
+fn names_and_cards_are_their_owners() {
+    let bed = Bed::new("10.0.0.1/28");
+    // One that was not used for years, and one of a version that knew no owners.
+    let file = r#"[{"mac":"52:4c:00:00:00:08","address":"10.0.0.8","vm":"old","owner":8,"used":1000},
+                   {"mac":"52:4c:00:00:00:09","address":"10.0.0.9","vm":"older","used":4000000000}]"#;
+    write(bed.dir.path(), "default.json", file);
+    let leases = bed.open();
+    let take =
+        |n, vm, uid| leases.check_owner(mac(n), vm, uid).and_then(|()| leases.reserve(mac(n), vm, uid, None));
+    let owner = |n| leases.list().into_iter().find(|lease| lease.mac == mac(n)).unwrap().owner;
+    assert_eq!((owner(8), owner(9)), (None, None));
+    assert_eq!(take(8, "old", 1).unwrap(), Ipv4Addr::new(10, 0, 0, 8));
+    assert_eq!(take(9, "older", 1).unwrap(), Ipv4Addr::new(10, 0, 0, 9));
+    assert_eq!((owner(8), owner(9)), (Some(1), Some(1)));
+
+    let web = take(1, "web", 1).unwrap();
+    leases.release(mac(1));
+    assert!(matches!(take(1, "mine", 2), Err(Error::ForeignCard { .. })));
+    assert!(matches!(take(2, "Web", 2), Err(Error::ForeignName(_))));
+    // Its owner has another card of the name; root may all, and takes nothing from anybody by that.
+    assert_ne!(take(3, "web", 1).unwrap(), web);
+    assert_eq!(take(1, "web", 0).unwrap(), web);
+    take(4, "web", 0).unwrap();
+    drop(leases);
+    let leases = bed.open();
+    assert!(leases.check_owner(mac(1), "web", 2).is_err() && leases.check_owner(mac(5), "web", 1).is_ok());
+}
+
+#[test]
+fn who_connects_one_card_after_another_drives_out_their_own() {
+    let bed = Bed::new("10.0.0.1/28");
+    let leases = bed.open();
+    let come_and_go = |n, uid| {
+        let address = leases.reserve(mac(n), "vm", uid, None).unwrap();
+        leases.release(mac(n));
+        address
+    };
+    let first = come_and_go(1, 1);
+    (100..200).for_each(|n| assert_ne!(come_and_go(n, 2), first));
+    assert_eq!(come_and_go(1, 1), first);
 }
 
 #[test]
@@ -107,9 +150,9 @@ fn wishes_are_granted_if_they_can_be() {
     let mut bed = Bed::new("10.0.0.1/24");
     bed.fixed = vec![host(9, "10.0.0.9", None)];
     let leases = bed.open();
-    let wish = |n, last| leases.reserve(mac(n), "vm", Some(Ipv4Addr::new(10, 0, 0, last)));
+    let wish = |n, last| leases.reserve(mac(n), "vm", 0, Some(Ipv4Addr::new(10, 0, 0, last)));
     assert_eq!(wish(1, 50).unwrap(), Ipv4Addr::new(10, 0, 0, 50));
-    assert_eq!(leases.reserve(mac(1), "vm", None).unwrap(), Ipv4Addr::new(10, 0, 0, 50));
+    assert_eq!(leases.reserve(mac(1), "vm", 0, None).unwrap(), Ipv4Addr::new(10, 0, 0, 50));
     assert!(matches!(wish(2, 50), Err(Error::Taken { .. })));
     assert!(matches!(wish(2, 9), Err(Error::Taken { .. })));
     assert!(matches!(wish(9, 8), Err(Error::Declared { .. })));
@@ -129,7 +172,7 @@ fn files_that_changed_or_make_no_sense() {
     let leases = bed.open();
     assert!(leases.list().is_empty() && bed.dir.path().join("default.json.damaged").exists());
     for (n, address) in [(1, 5), (2, 200)] {
-        leases.reserve(mac(n), "vm", Some(Ipv4Addr::new(10, 0, 0, address))).unwrap();
+        leases.reserve(mac(n), "vm", 0, Some(Ipv4Addr::new(10, 0, 0, address))).unwrap();
     }
     drop(leases);
     // The network has become smaller, and an address is now declared for another card.
@@ -137,7 +180,7 @@ fn files_that_changed_or_make_no_sense() {
     bed.fixed = vec![host(3, "10.0.0.5", None)];
     let leases = bed.open();
     assert_eq!(leases.list().len(), 1);
-    let again = leases.reserve(mac(1), "vm", None).unwrap();
+    let again = leases.reserve(mac(1), "vm", 0, None).unwrap();
     assert_ne!(again, Ipv4Addr::new(10, 0, 0, 5));
 }
 
@@ -145,7 +188,7 @@ fn files_that_changed_or_make_no_sense() {
 fn cards_that_are_made_up_get_nothing() {
     let bed = Bed::new("10.0.0.1/24");
     let (server, leases) = (server(&bed), bed.open());
-    let mine = leases.reserve(mac(1), "vm", None).unwrap();
+    let mine = leases.reserve(mac(1), "vm", 0, None).unwrap();
     for n in 1000..3000 {
         let discover = message(mac(n), NONE, MessageType::Discover, vec![]);
         assert_eq!(server.serve(&discover, &leases), Outcome::Unknown);
@@ -160,7 +203,7 @@ fn cards_that_are_made_up_get_nothing() {
 fn every_phase_of_a_lease() {
     let bed = Bed::new("10.0.0.1/24");
     let (server, leases) = (server(&bed), bed.open());
-    let mine = leases.reserve(mac(1), "web", None).unwrap();
+    let mine = leases.reserve(mac(1), "web", 0, None).unwrap();
     let other = Ipv4Addr::new(10, 0, 0, 77);
     let serve = |ciaddr, kind, options| server.serve(&message(mac(1), ciaddr, kind, options), &leases);
     let wants = |address| vec![DhcpOption::RequestedIpAddress(address)];
@@ -228,7 +271,7 @@ fn every_phase_of_a_lease() {
 fn options_that_dhcproto_panics_at() {
     let bed = Bed::new("10.0.0.1/24");
     let (server, leases) = (server(&bed), bed.open());
-    let mine = leases.reserve(mac(1), "web", None).unwrap();
+    let mine = leases.reserve(mac(1), "web", 0, None).unwrap();
     let plain = message(mac(1), NONE, MessageType::Discover, vec![]);
     for option in [&[121, 1, 33][..], &[151, 0], &[152, 1, 0], &[94, 0]] {
         let mut bytes = plain.clone();
@@ -277,7 +320,7 @@ proptest! {
             static BED: (Bed, Leases) = {
                 let bed = Bed::new("10.0.0.1/24");
                 let leases = bed.open();
-                leases.reserve(mac(1), "web", None).unwrap();
+                leases.reserve(mac(1), "web", 0, None).unwrap();
                 (bed, leases)
             };
         }

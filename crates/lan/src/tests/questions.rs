@@ -33,10 +33,10 @@ fn bed() -> (Bed, Leases) {
     let mut bed = Bed::new("10.0.0.1/24");
     bed.fixed = vec![host(9, "10.0.0.9", Some("printer"))];
     let leases = bed.open();
-    leases.reserve(mac(1), "web", None).unwrap();
-    leases.reserve(mac(2), "Db", None).unwrap();
+    leases.reserve(mac(1), "web", 0, None).unwrap();
+    leases.reserve(mac(2), "Db", 0, None).unwrap();
     leases.release(mac(2));
-    leases.reserve(mac(3), "no_label", None).unwrap();
+    leases.reserve(mac(3), "no_label", 0, None).unwrap();
     (bed, leases)
 }
 
