@@ -12,7 +12,7 @@ use crate::filter::Filter;
 use crate::helper::{Helper, Peer};
 use crate::links::{Kind, Link};
 use crate::networks::Net;
-use crate::process::{Process, started};
+use crate::process::Process;
 use crate::store::Card;
 use crate::{Error, Result, direct, savi, settings};
 
@@ -69,17 +69,18 @@ impl Card {
 
 impl Helper {
     /// Connects a card: all of it is done, or nothing.
-    pub(crate) async fn attach(&mut self, peer: Peer, attach: Attach) -> Result<(Attached, Vec<OwnedFd>)> {
-        self.forget_lost(peer, &attach).await;
-        self.check(peer, &attach)?;
-        let process = Process::open(peer.pid)?;
-        let Some(started) = started(peer.pid) else {
-            return Err(Error::new("the client's process has ended"));
+    pub(crate) async fn attach(&mut self, peer: &Peer, attach: Attach) -> Result<(Attached, Vec<OwnedFd>)> {
+        let Some(process) = peer.process.clone() else {
+            return Err(Error::new(
+                "who has connected to the helper has ended, and cards are for those who live",
+            ));
         };
+        self.forget_lost(peer.uid, &process, &attach).await;
+        self.check(peer.uid, &attach)?;
         let mut card = Card {
             vm: attach.vm,
-            pid: peer.pid,
-            started,
+            pid: process.pid,
+            started: process.started,
             uid: peer.uid,
             mac: attach.mac,
             to: attach.to,
@@ -126,16 +127,18 @@ impl Helper {
     }
 
     /// A process that connects a card again has lost the one before.
-    async fn forget_lost(&mut self, peer: Peer, attach: &Attach) {
-        let is_it =
-            |card: &&Card| (card.uid, card.pid, card.mac) == (peer.uid, peer.pid, attach.mac) && attach.again;
+    async fn forget_lost(&mut self, uid: u32, process: &Process, attach: &Attach) {
+        let is_it = |card: &&Card| {
+            (card.uid, card.pid, card.started, card.mac) == (uid, process.pid, process.started, attach.mac)
+                && attach.again
+        };
         if let Some(card) = self.cards.values().find(is_it).cloned() {
             self.cards.remove(&card.interface);
             self.unplug(&card).await;
         }
     }
 
-    fn check(&self, peer: Peer, attach: &Attach) -> Result<()> {
+    fn check(&self, uid: u32, attach: &Attach) -> Result<()> {
         check_vm(&attach.vm)?;
         match &attach.to {
             Target::Network(name) => crate::addresses::check_name(name)?,
@@ -149,8 +152,8 @@ impl Helper {
                 "a card has {MOST_RULES} rules and {MOST_FORWARDS} forwarded ports at most"
             )));
         }
-        let own = self.cards.values().filter(|card| card.uid == peer.uid).count();
-        if self.cards.len() >= MOST_CARDS || (peer.uid != 0 && own >= MOST_CARDS_EACH) {
+        let own = self.cards.values().filter(|card| card.uid == uid).count();
+        if self.cards.len() >= MOST_CARDS || (uid != 0 && own >= MOST_CARDS_EACH) {
             return Err(Error::new(format!(
                 "too many cards are connected: {MOST_CARDS_EACH} for each user, {MOST_CARDS} for all"
             )));
@@ -410,7 +413,7 @@ impl Helper {
     }
 
     /// Disconnects a card of this user's.
-    pub(crate) async fn detach(&mut self, peer: Peer, interface: &str) -> Result<()> {
+    pub(crate) async fn detach(&mut self, peer: &Peer, interface: &str) -> Result<()> {
         let card = self.cards.get(interface);
         // Whether others' cards exist is nobody's business.
         let Some(card) = card.filter(|card| peer.uid == 0 || card.uid == peer.uid).cloned() else {

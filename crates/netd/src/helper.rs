@@ -13,19 +13,19 @@ use crate::bridges::Record;
 use crate::links::Links;
 use crate::networks::Net;
 use crate::policy::Rights;
-use crate::process::{Process, started};
+use crate::process::Process;
 use crate::store::Card;
 use crate::{Error, Result, Store, addresses, filter, firewall, nft, savi};
 
 /// Who asks, as the kernel tells.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Peer {
     /// The user.
     pub uid: u32,
     /// Its group.
     pub gid: u32,
-    /// The process.
-    pub pid: u32,
+    /// The process, unless it has ended and somebody else has the connection.
+    pub process: Option<Arc<Process>>,
 }
 
 /// All that the helper knows.
@@ -86,11 +86,10 @@ impl Helper {
             let link =
                 links.iter().find(|link| link.name == card.interface && Some(link.index) == card.index);
             let process = Process::open(card.pid);
-            let lives = link.is_some() && started(card.pid) == Some(card.started);
             match process {
-                Ok(process) if lives => {
+                Ok(process) if link.is_some() && process.started == card.started => {
                     let interface = card.interface.clone();
-                    self.watch(&card, process);
+                    self.watch(&card, Arc::new(process));
                     if let Some(net) = card.network().and_then(|name| self.networks.get(name))
                         && let Err(error) = net.reserve(&card)
                     {
@@ -137,7 +136,7 @@ impl Helper {
     }
 
     /// Removes a card when its process ends.
-    pub(crate) fn watch(&self, card: &Card, process: Process) {
+    pub(crate) fn watch(&self, card: &Card, process: Arc<Process>) {
         let (me, interface, index) = (self.me.clone(), card.interface.clone(), card.index);
         tokio::spawn(async move {
             process.ended().await;
@@ -159,7 +158,7 @@ impl Helper {
     pub async fn serve(
         &mut self,
         rights: &Rights,
-        peer: Peer,
+        peer: &Peer,
         request: Request,
     ) -> Result<(Answer, Vec<OwnedFd>)> {
         let answer = match request {

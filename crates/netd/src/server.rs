@@ -15,6 +15,7 @@ use tokio::sync::Mutex;
 
 use crate::helper::Peer;
 use crate::policy::Policy;
+use crate::process::Process;
 use crate::{Context, Error, Helper, Result};
 
 /// Connections at once, of all users and of each but root.
@@ -55,13 +56,14 @@ pub async fn serve(listener: UnixListener, helper: Arc<Mutex<Helper>>, config: P
         };
         let Ok(credentials) = stream.peer_cred() else { continue };
         let Some(pid) = credentials.pid().and_then(|pid| u32::try_from(pid).ok()) else { continue };
-        let peer = Peer { uid: credentials.uid(), gid: credentials.gid(), pid };
+        let process = Process::of_peer(&stream, pid).ok().map(Arc::new);
+        let peer = Peer { uid: credentials.uid(), gid: credentials.gid(), process };
         let Some(place) = Place::take(&connections, peer.uid) else { continue };
         let (helper, config) = (helper.clone(), config.clone());
         tokio::spawn(async move {
             let _place = place;
             // Who goes away in the middle is told nothing.
-            let _ = talk(stream, peer, &helper, &config).await;
+            let _ = talk(stream, &peer, &helper, &config).await;
         });
     }
 }
@@ -94,7 +96,7 @@ impl Drop for Place {
     }
 }
 
-async fn talk(stream: UnixStream, peer: Peer, helper: &Mutex<Helper>, config: &Path) -> io::Result<()> {
+async fn talk(stream: UnixStream, peer: &Peer, helper: &Mutex<Helper>, config: &Path) -> io::Result<()> {
     let mut stream = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
@@ -122,7 +124,7 @@ async fn talk(stream: UnixStream, peer: Peer, helper: &Mutex<Helper>, config: &P
 }
 
 async fn answer(
-    peer: Peer,
+    peer: &Peer,
     request: Request,
     helper: &Mutex<Helper>,
     config: &Path,
@@ -133,7 +135,8 @@ async fn answer(
         policy => policy.unwrap_or_default(),
     };
     // The host may look for users on other machines, and that takes its time.
-    let rights = tokio::task::spawn_blocking(move || policy.rights(peer.uid, peer.gid)).await;
+    let (uid, gid) = (peer.uid, peer.gid);
+    let rights = tokio::task::spawn_blocking(move || policy.rights(uid, gid)).await;
     let rights = rights.map_err(|error| Error::new(format!("nobody says who you are: {error}")))?;
     helper.lock().await.serve(&rights, peer, request).await
 }
