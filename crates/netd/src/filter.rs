@@ -91,11 +91,12 @@ impl Filter<'_> {
             );
             text.push_str("goto spoofed\n}\n");
         } else {
-            text.push_str("ether type { ip, ip6 } goto out\n}\n");
+            text.push_str("ether type arp accept\nether type { ip, ip6 } goto out\ngoto denied\n}\n");
         }
         if !self.rules.is_empty() {
+            // Rules are about IP. What carries it in something else, such as a VLAN's tag, is nothing that they could allow.
             hook(text, "to", to)?;
-            text.push_str("ether type { ip, ip6 } goto in\n}\n");
+            text.push_str("ether type arp accept\nether type { ip, ip6 } goto in\ngoto denied\n}\n");
         }
         text.push_str("}\n");
         Ok(())

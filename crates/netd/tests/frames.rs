@@ -272,6 +272,40 @@ fn an_ipv6_address_is_that_of_who_comes_first() {
 }
 
 #[test]
+fn rules_hold_for_what_is_tagged() {
+    let Some(world) = World::new("true") else { return };
+    let rules = ["deny out tcp 25", "deny in tcp 25"];
+    let rules = rules.map(|rule| rule.parse().unwrap()).to_vec();
+    let tagged = |tags: &[u16], packet: &[u8]| {
+        let tags: Vec<u8> = tags.iter().flat_map(|tag| [&tag.to_be_bytes()[..], &[0, 5]].concat()).collect();
+        [&tags[..], &0x0800u16.to_be_bytes(), packet].concat()
+    };
+    let free = Ipv4Addr::new(192, 168, 122, 77);
+    for spoofing in [false, true] {
+        let attach = netctl::Attach { spoofing, rules: rules.clone(), ..card(1, network("default")) };
+        let (one, tap) = world.attach(attach);
+        let (two, other) = world.attach(netctl::Attach { spoofing: true, ..card(2, network("default")) });
+        let mut dropped = 0;
+        for (number, from, to) in [(1, &tap, &other), (2, &other, &tap)] {
+            let own = if number == 1 { one.address.unwrap() } else { free };
+            let packet = ipv4(own, Ipv4Addr::BROADCAST, UDP, &ports(7, 53, b"question"));
+            for (tags, good) in [(&[][..], true), (&[0x8100], false), (&[0x88a8, 0x8100], false)] {
+                let bytes = [&ALL[..], &mac(number).bytes(), &tagged(tags, &packet)].concat();
+                assert_eq!(passes(number, from, to, &bytes), good, "{number} {tags:x?} {spoofing}");
+                dropped += u64::from(!good);
+            }
+        }
+        let Ok(Answer::Networks(networks)) = world.ask(&Request::List) else { panic!() };
+        let cards = networks.iter().flat_map(|network| &network.cards);
+        let counted: u64 = cards.map(|card| card.spoofed + card.denied).sum();
+        assert_eq!(counted, dropped);
+        for card in [one, two] {
+            world.ask(&Request::Detach { interface: card.interface }).unwrap();
+        }
+    }
+}
+
+#[test]
 fn rules_are_about_who_begins() {
     let Some(world) = World::new("true") else { return };
     let rules = [
