@@ -72,8 +72,7 @@ impl Helper {
         this.adopt_bridges().await?;
         this.adopt_networks().await?;
         this.adopt_cards(tables).await?;
-        this.set_firewall().await?;
-        this.start_networks().await;
+        this.start_networks().await?;
         this.adopt_access().await;
         drop(this);
         Ok(helper)

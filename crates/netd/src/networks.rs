@@ -1,5 +1,6 @@
 //! Networks: made, started, stopped and removed.
 
+use std::mem;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
@@ -105,21 +106,34 @@ impl Helper {
         Ok(())
     }
 
-    /// Starts the networks that ran before, and those that start by themselves.
-    pub(crate) async fn start_networks(&mut self) {
-        let names = self.networks.values().filter(|net| net.active || net.declared.autostart);
-        let names: Vec<_> = names.map(|net| net.declared.name.clone()).collect();
-        for name in names {
+    /// Sets the rules between networks, and starts those that ran before and those that start by themselves.
+    ///
+    /// # Errors
+    /// The rules cannot be set.
+    pub(crate) async fn start_networks(&mut self) -> Result<()> {
+        let nets = self.networks.values_mut().filter(|net| net.active || net.declared.autostart);
+        // Rules once for all, before any of them is there.
+        let ran = nets.map(|net| (net.declared.name.clone(), mem::replace(&mut net.active, true)));
+        let nets: Vec<_> = ran.collect();
+        self.set_firewall().await?;
+        let mut failed = false;
+        for (name, ran) in nets {
             // Its servers are this process's.
             let link = self.links.find(&self.networks[&name].device).await;
             let started = match link {
-                Ok(Some(link)) if self.networks[&name].active => self.bring_up(&name, &link).await,
+                Ok(Some(link)) if ran => self.bring_up(&name, &link).await,
                 _ => self.start_network(&name).await,
             };
             if let Err(error) = started {
                 eprintln!("warning: the network {name} is not started: {error}");
+                // One that is there has its rules, whatever else it lacks.
+                if let Some(net) = self.networks.get_mut(&name) {
+                    net.active = ran;
+                }
+                failed = true;
             }
         }
+        if failed { self.set_firewall().await } else { Ok(()) }
     }
 
     /// Adds a network of which nothing is open.
@@ -268,14 +282,16 @@ impl Helper {
 
     async fn bring_up(&mut self, name: &str, link: &Link) -> Result<()> {
         let net = self.known(name)?;
-        let (ipv4, ipv6, mode) = (net.ipv4, net.ipv6, net.declared.mode);
+        let (ipv4, ipv6, mode, active) = (net.ipv4, net.ipv6, net.declared.mode, net.active);
         settings::rule(&link.name);
         self.links.set_alias(link, &alias(name)).await?;
         // Rules come first, so that there is no moment without.
-        if let Some(net) = self.networks.get_mut(name) {
-            net.active = true;
+        if !active {
+            if let Some(net) = self.networks.get_mut(name) {
+                net.active = true;
+            }
+            self.set_firewall().await?;
         }
-        self.set_firewall().await?;
         if mode != Mode::Isolated {
             settings::forward()?;
         }
