@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-use crate::{Answer, LONGEST_LINE, MOST_QUEUES, Request};
+use crate::{Answer, LONGEST_ANSWER, LONGEST_REQUEST, MOST_QUEUES, Request};
 
 /// How long the helper may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -26,6 +26,8 @@ pub enum Error {
         "the network helper answers with what this version of Lodge does not know; they must be of the same version"
     )]
     Unknown,
+    #[error("more than a MiB is asked of the network helper at once; declare fewer networks in one file")]
+    TooLong,
     #[error("{why}")]
     Refused { why: String, help: Option<String> },
 }
@@ -56,6 +58,9 @@ impl Client {
     pub fn ask(&mut self, request: &Request) -> Result<(Answer, Vec<OwnedFd>), Error> {
         let mut line = serde_json::to_vec(request).map_err(io::Error::from)?;
         line.push(b'\n');
+        if line.len() > LONGEST_REQUEST {
+            return Err(Error::TooLong);
+        }
         self.0.write_all(&line)?;
         // Descriptors come with the first byte.
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_QUEUES))];
@@ -71,7 +76,7 @@ impl Client {
         // An answer is one line, and nothing follows before the next request.
         let rest = BufReader::new(&self.0);
         let mut answer = first.to_vec();
-        rest.take(LONGEST_LINE as u64).read_until(b'\n', &mut answer)?;
+        rest.take(LONGEST_ANSWER as u64).read_until(b'\n', &mut answer)?;
         if !answer.ends_with(b"\n") {
             return Err(io::Error::from(ErrorKind::UnexpectedEof).into());
         }
@@ -79,5 +84,27 @@ impl Client {
             Answer::Refused { why, help } => Err(Error::Refused { why, help }),
             answer => Ok((answer, descriptors)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_may_be_longer_than_requests() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let notes = vec!["all is well".repeat(100); 2000];
+        let answer = serde_json::to_string(&Answer::Done(notes.clone())).unwrap() + "\n";
+        assert!(answer.len() > LONGEST_REQUEST);
+        let helper = std::thread::spawn(move || {
+            BufReader::new(&theirs).read_line(&mut String::new()).unwrap();
+            (&theirs).write_all(answer.as_bytes()).unwrap();
+        });
+        let mut client = Client(ours);
+        assert_eq!(client.ask(&Request::List).unwrap().0, Answer::Done(notes));
+        helper.join().unwrap();
+        let network = "n".repeat(LONGEST_REQUEST);
+        assert!(matches!(client.ask(&Request::Leases { network }), Err(Error::TooLong)));
     }
 }

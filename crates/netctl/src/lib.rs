@@ -20,8 +20,10 @@ pub use mac::Mac;
 pub use network::{Bridge, Declared, Host, Mode, Network};
 pub use rule::{Action, Direction, Ports, Protocol, Rule};
 
-/// A line of either side at most, in bytes.
-pub const LONGEST_LINE: usize = 1 << 20;
+/// A request at most, in bytes.
+pub const LONGEST_REQUEST: usize = 1 << 20;
+/// An answer at most, in bytes: 64 networks of 4096 declared hosts each are some 34 MB, and 65536 leases of one 12 MB.
+pub const LONGEST_ANSWER: usize = 64 << 20;
 /// Descriptors that come with an answer at most: one for each pair of a card's queues.
 pub const MOST_QUEUES: usize = 8;
 

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex as Lock, PoisonError};
 
-use netctl::{Answer, LONGEST_LINE, MOST_QUEUES, Request};
+use netctl::{Answer, LONGEST_REQUEST, MOST_QUEUES, Request};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::{UnixListener, UnixStream};
@@ -100,7 +100,7 @@ async fn talk(stream: UnixStream, peer: &Peer, helper: &Mutex<Helper>, config: &
     let mut stream = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
-        (&mut stream).take(LONGEST_LINE as u64).read_until(b'\n', &mut line).await?;
+        (&mut stream).take(LONGEST_REQUEST as u64).read_until(b'\n', &mut line).await?;
         if line.is_empty() {
             return Ok(());
         }
