@@ -386,6 +386,9 @@ fn said(frame: &[u8]) -> Option<(Mac, IpAddr)> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -415,5 +418,44 @@ mod tests {
             assert_eq!(said(&question[..len]), None);
         }
         (0..32).for_each(|len| assert_eq!(said(&arp[..len]), None));
+    }
+
+    proptest! {
+        /// Whatever is on the wire: what is heard is an address of one machine, and stands in the frame with who says so.
+        #[test]
+        fn nothing_is_heard_that_is_not_said(
+            kind in prop_oneof![Just([8, 6]), Just([0x86, 0xdd]), any::<[u8; 2]>()],
+            arp in any::<bool>(),
+            question in any::<bool>(),
+            mac in any::<[u8; 6]>(),
+            mut bytes in vec(any::<u8>(), 0..96),
+        ) {
+            let mut write = |at: usize, what: &[u8]| {
+                if let Some(place) = bytes.get_mut(at..at + what.len()) {
+                    place.copy_from_slice(what);
+                }
+            };
+            write(6, &mac);
+            write(12, &kind);
+            if arp {
+                write(14, &[0, 1, 8, 0, 6, 4]);
+                write(22, &mac);
+            } else if question {
+                write(20, &[58]);
+                write(22, &[0; 16]);
+                write(54, &[135]);
+            }
+            if let Some((who, address)) = said(&bytes) {
+                prop_assert_eq!(who.bytes(), mac);
+                prop_assert!(mac[0] & 1 == 0);
+                prop_assert!(!address.is_unspecified() && !address.is_multicast() && !address.is_loopback());
+                let (start, octets) = match address {
+                    IpAddr::V4(address) => (28, address.octets().to_vec()),
+                    IpAddr::V6(address) if arp || !question => (22, address.octets().to_vec()),
+                    IpAddr::V6(address) => (62, address.octets().to_vec()),
+                };
+                prop_assert_eq!(bytes.get(start..start + octets.len()), Some(&octets[..]));
+            }
+        }
     }
 }
