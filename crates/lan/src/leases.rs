@@ -46,9 +46,6 @@ pub enum Error {
     /// The card is another user's.
     #[error("{mac} is the address of another user's VM, {vm}")]
     ForeignCard { mac: Mac, vm: String },
-    /// So is the name.
-    #[error("another user has a VM called {0} in this network")]
-    ForeignName(String),
     /// Two cards with one address, or one card with two.
     #[error("{0} is declared twice")]
     Twice(String),
@@ -114,6 +111,15 @@ impl State {
         let held = self.connected.contains(&entry.mac) || now().saturating_sub(used) < HOLD;
         entry.owner.filter(|_| held)
     }
+
+    fn may_be_called(&self, vm: &str, uid: u32) -> bool {
+        let (Some(name), false) = (label(vm), uid == 0) else { return true };
+        let called =
+            self.entries.values().filter(|entry| entry.vm.as_deref().and_then(label).as_ref() == Some(&name));
+        let owners: HashSet<u32> = called.filter_map(|entry| self.owner(entry)).collect();
+        // Who has it already keeps it, whatever root has done since.
+        owners.is_empty() || owners.contains(&uid)
+    }
 }
 
 impl Leases {
@@ -167,34 +173,29 @@ impl Leases {
         Ok(leases)
     }
 
-    /// Whether a user may connect this card of a VM of this name: neither is another user's. Root may all.
+    /// Whether a user may connect this card: it is not another user's. Root may all.
     ///
     /// # Errors
-    /// One of them is.
-    pub fn check_owner(&self, mac: Mac, vm: &str, uid: u32) -> Result<(), Error> {
-        if uid == 0 {
-            return Ok(());
+    /// It is.
+    pub fn check_owner(&self, mac: Mac, uid: u32) -> Result<(), Error> {
+        let mut state = self.lock();
+        let Some(entry) = state.card(mac).map(|entry| entry.clone()) else { return Ok(()) };
+        match state.owner(&entry) {
+            Some(owner) if uid != 0 && owner != uid => {
+                Err(Error::ForeignCard { mac, vm: entry.vm.unwrap_or_default() })
+            }
+            _ => Ok(()),
         }
-        let state = self.lock();
-        let card = state.cards.get(&mac).and_then(|address| state.entries.get(address));
-        if let Some(entry) = card
-            && state.owner(entry).is_some_and(|owner| owner != uid)
-        {
-            return Err(Error::ForeignCard { mac, vm: entry.vm.clone().unwrap_or_default() });
-        }
-        let Some(name) = label(vm) else { return Ok(()) };
-        let called = state.entries.values().filter(|entry| {
-            let other = entry.vm.as_deref().and_then(label);
-            other.is_some_and(|other| other == name)
-        });
-        let owners: HashSet<u32> = called.filter_map(|entry| state.owner(entry)).collect();
-        // Who has it already keeps it, whatever root has done since.
-        if owners.is_empty() || owners.contains(&uid) { Ok(()) } else { Err(Error::ForeignName(vm.into())) }
+    }
+
+    /// Whether a user's VM is found by this name: it is not that of another user's.
+    pub fn may_be_called(&self, vm: &str, uid: u32) -> bool {
+        self.lock().may_be_called(vm, uid)
     }
 
     /// The address that this card always gets: the declared one, else `wanted`, else that of before, else a free one; and if none is
     /// free, that of the card that was connected the longest time ago, of the user with most such. The card is `vm`'s, which is the user
-    /// `uid`'s, and connected from now on.
+    /// `uid`'s, and connected from now on; it is found by that name if it may be.
     ///
     /// # Errors
     /// There is no such address, or it cannot be written down.
@@ -215,7 +216,8 @@ impl Leases {
             },
         };
         let seen = before.and_then(|(before, seen)| seen.filter(|_| before == address));
-        state.add(Entry { mac, address, vm: Some(vm.into()), owner: Some(owner), used: now(), seen });
+        let vm = state.may_be_called(vm, uid).then(|| vm.to_owned());
+        state.add(Entry { mac, address, vm, owner: Some(owner), used: now(), seen });
         // Who would lose an address that is not written down has none.
         self.write(&state)?;
         state.connected.insert(mac);

@@ -95,13 +95,19 @@ impl Helper {
         };
         let (notes, descriptors) = match card.to.clone() {
             Target::Network(name) => {
-                let notes = if attach.again { self.runs(&name)? } else { self.ensure(&name).await? };
+                let mut notes = if attach.again { self.runs(&name)? } else { self.ensure(&name).await? };
                 let net = self.known(&name)?;
                 let device = net.device.clone();
-                net.leases.check_owner(card.mac, &card.vm, card.uid).map_err(|error| {
+                net.leases.check_owner(card.mac, card.uid).map_err(|error| {
                     Error::new(error.to_string())
-                        .help("give this VM another name with --name; and the card another address, if mac= is said")
+                        .help("give this card another one with mac=, or none: then one is chosen")
                 })?;
+                if !net.leases.may_be_called(&card.vm, card.uid) {
+                    notes.push(format!(
+                        "another user has a VM called {} on the network {name}: guests there find this one by its address only (--name gives it another name)",
+                        card.vm
+                    ));
+                }
                 card.address = Some(net.reserve(&card)?);
                 (notes, self.plug_tap(&mut card, &device, attach.queues).await?)
             }
