@@ -1,14 +1,41 @@
 //! Bridges over the host's links, with real links, addresses and routes in network namespaces.
 
-mod neighbour;
+mod world;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use neighbour::World;
 use netctl::{Answer, Bridge, Error, Request};
+use world::{Host, PATIENCE, World};
+
+/// A host with addresses and routes of all kinds, permanent, on its link `eth0`, and a machine beside it on the same link.
+fn hosts() -> Option<(World, Host)> {
+    let beside = Host::new()?;
+    let world = World::new(&format!(
+        "mount -t tmpfs none /run
+         mount -t tmpfs none /mnt; echo nameserver 198.51.100.1 > /mnt/resolv; mount --bind /mnt/resolv /etc/resolv.conf
+         ip link add eth0 type veth peer name peer netns {}
+         ip link set eth0 up
+         ip address add 198.51.100.2/24 brd + dev eth0
+         ip address add 198.51.100.3/24 dev eth0 label eth0:1
+         ip address add 2001:db8::2/64 dev eth0
+         ip address add 2001:db8::3/64 dev eth0 valid_lft 5000 preferred_lft 4000
+         ip route add default via 198.51.100.1 metric 100
+         ip route add 203.0.113.0/24 via 198.51.100.9 src 198.51.100.3 proto static
+         ip route add 192.0.2.0/24 dev eth0 scope link table 77
+         ip -6 route add default via 2001:db8::1 metric 50",
+        beside.pid()
+    ))?;
+    beside.run(
+        "ip link set peer up
+         ip address add 198.51.100.1/24 dev peer && ip address add 2001:db8::1/64 dev peer nodad",
+    );
+    world.until("usable addresses", || world.text("ip -6 address show tentative").is_empty());
+    world.host.run("ip -6 route add 2001:db8:7::/48 via fe80::99 dev eth0 src 2001:db8::2");
+    Some((world, beside))
+}
 
 fn bridge(ports: &[&str]) -> Bridge {
     Bridge { name: "br0".into(), ports: ports.iter().map(|port| (*port).into()).collect() }
@@ -26,9 +53,9 @@ fn remove() -> Request {
 fn state(world: &World, link: &str) -> Vec<String> {
     let script = format!(
         "ip -o address show dev {link} | sed 's/^[0-9]*: *//; s/[0-9]*sec/Nsec/g'
-         ip -4 -d route show table all dev {link}; ip -6 -d route show table all dev {link} | grep -v 'local\\|multicast\\|anycast'"
+         ip -4 -d route show table all dev {link}; ip -6 -d route show table all dev {link} | grep -v 'local\\|multicast\\|anycast' || true"
     );
-    let mut lines: Vec<String> = world.output(&script).lines().map(str::to_owned).collect();
+    let mut lines: Vec<String> = world.text(&script).lines().map(str::to_owned).collect();
     lines.sort();
     lines
 }
@@ -40,12 +67,12 @@ fn renamed(lines: &[String], from: &str, to: &str) -> Vec<String> {
 }
 
 /// A connection from the host to the machine beside it.
-fn connection(world: &World, address: &str) -> (TcpStream, TcpStream) {
-    let listener = world.beside.inside(|| TcpListener::bind((address, 7000)).unwrap());
+fn connection(world: &World, beside: &Host, address: &str) -> (TcpStream, TcpStream) {
+    let listener = beside.inside(|| TcpListener::bind((address, 7000)).unwrap());
     let stream = world.host.inside(|| TcpStream::connect((address, 7000)).unwrap());
     let accepted = listener.accept().unwrap().0;
     for stream in [&stream, &accepted] {
-        stream.set_read_timeout(Some(neighbour::PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
     }
     (stream, accepted)
@@ -81,11 +108,10 @@ fn exchange((mut here, mut there): (TcpStream, TcpStream), stop: &AtomicBool) ->
 
 #[test]
 fn addresses_routes_and_connections_survive() {
-    let Some(mut world) = World::new() else { return };
-    world.start();
+    let Some((world, beside)) = hosts() else { return };
     let before = state(&world, "eth0");
     assert!(before.len() >= 12, "{before:#?}");
-    let connections = ["198.51.100.1", "2001:db8::1"].map(|address| connection(&world, address));
+    let connections = ["198.51.100.1", "2001:db8::1"].map(|address| connection(&world, &beside, address));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let threads = connections.map(|connection| scope.spawn(|| exchange(connection, &stop)));
@@ -103,7 +129,7 @@ fn addresses_routes_and_connections_survive() {
             world.ask(&remove()).unwrap();
             calm();
             assert_eq!(state(&world, "eth0"), before);
-            assert!(world.output("ip link show br0 2>/dev/null").is_empty());
+            assert!(world.text("ip link show br0 2>/dev/null || true").is_empty());
         }
         drop(stopping);
         for thread in threads {
@@ -112,7 +138,7 @@ fn addresses_routes_and_connections_survive() {
             assert!(longest < Duration::from_secs(5));
         }
     });
-    assert_eq!(world.output("cat /proc/sys/net/ipv6/conf/eth0/accept_dad"), "1\n");
+    assert_eq!(world.text("cat /proc/sys/net/ipv6/conf/eth0/accept_dad"), "1\n");
 }
 
 #[track_caller]
@@ -127,8 +153,7 @@ fn refused(world: &World, request: &Request, why: &str) {
 
 #[test]
 fn what_cannot_be_or_would_cut_off_is_refused() {
-    let Some(mut world) = World::new() else { return };
-    world.start();
+    let Some((world, beside)) = hosts() else { return };
     let before = state(&world, "eth0");
     let over = |ports: &[&str]| Request::CreateBridge { bridge: bridge(ports), force: true };
     refused(&world, &over(&["eth9"]), "there is no link eth9");
@@ -149,7 +174,7 @@ fn what_cannot_be_or_would_cut_off_is_refused() {
     refused(&world, &remove(), "no bridge br0 was made");
 
     // What force overrules.
-    let index = world.output("cat /proc/net/if_inet6 | awk '$6 == \"eth0\" {print $2}' | head -1");
+    let index = world.text("cat /proc/net/if_inet6 | awk '$6 == \"eth0\" {print $2}' | head -1");
     let index = u32::from_str_radix(index.trim(), 16).unwrap();
     let manage = |file: &str, text: &str| {
         world.host.run(&format!("mkdir -p $(dirname {file}{index}) && echo {text} > {file}{index}"));
@@ -173,7 +198,7 @@ fn what_cannot_be_or_would_cut_off_is_refused() {
         .host
         .run("ip address change 198.51.100.2/24 brd + dev eth0 valid_lft forever preferred_lft forever");
     let ssh = world.host.inside(|| TcpListener::bind("198.51.100.2:22").unwrap());
-    let session = world.beside.inside(|| TcpStream::connect("198.51.100.2:22").unwrap());
+    let session = beside.inside(|| TcpStream::connect("198.51.100.2:22").unwrap());
     let accepted = ssh.accept().unwrap().0;
     refused(&world, &create(false), "an SSH session goes over eth0");
     world.host.run("mount -t tmpfs none /sys/class/net && mkdir -p /sys/class/net/eth0/phy80211");
@@ -185,7 +210,7 @@ fn what_cannot_be_or_would_cut_off_is_refused() {
     world.ask(&create(true)).unwrap();
     let stop = AtomicBool::new(false);
     for stream in [&session, &accepted] {
-        stream.set_read_timeout(Some(neighbour::PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
     }
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| exchange((session, accepted), &stop));
@@ -197,8 +222,7 @@ fn what_cannot_be_or_would_cut_off_is_refused() {
 
 #[test]
 fn a_failure_in_the_middle_leaves_all_as_it_was() {
-    let Some(mut world) = World::new() else { return };
-    world.start();
+    let Some((world, _beside)) = hosts() else { return };
     world.host.run("ip link add wide type veth peer name wider && ip link set wide mtu 1200");
     let before = state(&world, "eth0");
     let bad = Bridge { name: "br0".into(), ports: vec!["eth0".into(), "wide".into()] };
@@ -206,14 +230,13 @@ fn a_failure_in_the_middle_leaves_all_as_it_was() {
     let failed = world.ask(&Request::CreateBridge { bridge: bad, force: true });
     assert!(failed.is_err(), "{failed:?}");
     assert_eq!(state(&world, "eth0"), before);
-    assert!(world.output("ip link show br0 2>/dev/null").is_empty());
-    assert!(!world.runtime().join("br0.moving").exists());
+    assert!(world.text("ip link show br0 2>/dev/null || true").is_empty());
+    assert!(!world.path("run").join("br0.moving").exists());
 }
 
 #[test]
 fn the_helper_is_killed_in_the_middle() {
-    let Some(mut world) = World::new() else { return };
-    world.start();
+    let Some((mut world, _beside)) = hosts() else { return };
     let before = state(&world, "eth0");
     let bridged = renamed(&before, "eth0", "br0");
     let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos();
@@ -225,7 +248,7 @@ fn the_helper_is_killed_in_the_middle() {
         let mut client = world.client();
         let asked = std::thread::spawn(move || drop(client.ask(&request)));
         // From the moment when it has begun, somewhere in what takes some ten milliseconds.
-        let note = world.runtime().join("br0.moving");
+        let note = world.path("run").join("br0.moving");
         let end = Instant::now() + Duration::from_secs(2);
         while !note.exists() && Instant::now() < end && !asked.is_finished() {
             std::hint::spin_loop();
@@ -239,7 +262,7 @@ fn the_helper_is_killed_in_the_middle() {
         middles += usize::from(note.exists());
         world.start();
         assert!(!note.exists());
-        there = !world.output("ip link show br0 2>/dev/null").is_empty();
+        there = !world.text("ip link show br0 2>/dev/null || true").is_empty();
         let (with, without) = if there { ("br0", "eth0") } else { ("eth0", "br0") };
         assert_eq!(state(&world, with), *if there { &bridged } else { &before }, "round {round}");
         assert!(!there || state(&world, without).is_empty());
@@ -260,6 +283,6 @@ fn the_helper_is_killed_in_the_middle() {
         ip address add 198.51.100.2/24 brd + dev eth0 && ip route add default via 198.51.100.1",
     );
     world.start();
-    assert!(world.output("ip -4 -o address show dev br0").contains("198.51.100.2/24"));
-    assert!(world.output("ip route show default").contains("via 198.51.100.1 dev br0"));
+    assert!(world.text("ip -4 -o address show dev br0").contains("198.51.100.2/24"));
+    assert!(world.text("ip route show default").contains("via 198.51.100.1 dev br0"));
 }
