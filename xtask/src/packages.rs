@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use crate::sh;
 
 /// Debian packages, with a program or a file of each that tells whether it is there.
-const PACKAGES: [(&str, &str); 13] = [
+const PACKAGES: [(&str, &str); 14] = [
     ("qemu-system-x86", "qemu-system-x86_64"),
     ("qemu-utils", "qemu-img"),
     ("gdb", "gdb"),
@@ -22,6 +22,7 @@ const PACKAGES: [(&str, &str); 13] = [
     ("openssh-client", "/usr/bin/ssh"),
     ("iproute2", "/sbin/ip"),
     ("nftables", "/usr/sbin/nft"),
+    ("iptables", "/usr/sbin/iptables-nft"),
 ];
 
 /// Cargo tools: name, and which versions will do where it is missing.

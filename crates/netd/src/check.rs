@@ -1,5 +1,6 @@
 //! Why networks do not work, and the command that mends it, to be run as root.
 
+use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
@@ -8,9 +9,9 @@ use netctl::{Mode, Problem};
 
 use crate::foreign::{Dropper, Packet, Rules};
 use crate::helper::Helper;
-use crate::links::Link;
+use crate::links::{Kind, Link};
 use crate::networks::Net;
-use crate::{Result, nft, settings};
+use crate::{Result, iptables, nft, settings};
 
 /// Somebody outside (RFC 5737, 3849).
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
@@ -32,15 +33,22 @@ impl Helper {
         };
         let names: Vec<String> =
             self.networks.values().filter(asked).map(|net| net.declared.name.clone()).collect();
-        self.check_host(&names, &mut problems).await;
+        self.check_host(&names, name.is_none(), &mut problems).await;
         let links = self.links.all().await?;
-        let ruleset = match nft::ruleset().await {
+        let mut ruleset = match nft::ruleset().await {
             Ok(ruleset) => ruleset,
             Err(error) => {
                 problems.push(Problem { network: None, what: error.why, command: error.help });
                 serde_json::Value::Null
             }
         };
+        for family in iptables::complete(&mut ruleset).await {
+            let version = if family == "ip" { "IPv4" } else { "IPv6" };
+            let what = format!(
+                "there are rules of the old iptables for {version}, which may drop guests' packets: iptables-legacy is missing, to read them by"
+            );
+            problems.push(Problem { network: None, what, command: Some("apt install iptables".into()) });
+        }
         // Ours first: what somebody took away is back before others are blamed.
         if let Err(error) = self.repair().await {
             problems.push(Problem { network: None, what: error.why, command: error.help });
@@ -77,12 +85,23 @@ impl Helper {
         Ok(problems)
     }
 
-    async fn check_host(&self, names: &[String], problems: &mut Vec<Problem>) {
+    /// Modules and name servers. `all`: of all that guests may be connected to.
+    async fn check_host(&self, names: &[String], all: bool, problems: &mut Vec<Problem>) {
         let mut add = |what: &str, command: &str| {
             problems.push(Problem { network: None, what: what.into(), command: Some(command.into()) });
         };
-        if !Path::new(taps::TUN).exists() {
-            add("/dev/net/tun is missing, by which cards are connected", "modprobe tun");
+        // Its node may be there without its module.
+        if let Err(error) = File::options().read(true).write(true).open(taps::TUN) {
+            add(
+                &format!("{}, by which cards are connected, cannot be opened: {error}", taps::TUN),
+                "modprobe tun",
+            );
+        }
+        if all && !self.links.knows(Kind::MacVtap).await {
+            add(
+                "the kernel makes no MacVTaps, by which guests sit on a link of this host's (--network direct=LINK)",
+                "modprobe macvtap",
+            );
         }
         let nets = || names.iter().filter_map(|name| self.networks.get(name));
         // A network that runs shows that the kernel can.
@@ -251,14 +270,18 @@ fn firewalls(net: &Net, rules: &Rules<'_>, outside: Option<&str>) -> Vec<Found> 
     }
     for dropper in &input {
         let what = format!("{} drops what guests ask the network's DHCP and name servers", dropper.name());
-        found.push((what, Some(dropper.let_in(&net.device))));
+        let command = Some(dropper.let_in(&net.device));
+        // One command may mend both.
+        if found.iter().all(|(_, other)| *other != command) {
+            found.push((what, command));
+        }
     }
     found
 }
 
 impl Dropper {
-    fn has(&self, prefix: &str) -> bool {
-        self.chains.iter().any(|chain| chain.starts_with(prefix))
+    fn calls(&self, prefix: &str) -> bool {
+        self.calls.iter().any(|chain| chain.starts_with(prefix))
     }
 
     fn is_firewalld(&self) -> bool {
@@ -270,24 +293,16 @@ impl Dropper {
         let chain = format!("the chain {} of the table {} {}", self.chain, self.family, self.table);
         match () {
             () if self.is_firewalld() => "firewalld".into(),
-            () if self.has("ufw") => format!("ufw ({chain})"),
-            () if self.has("DOCKER") => format!("Docker's FORWARD policy ({chain})"),
+            () if self.calls("ufw") => format!("ufw ({chain})"),
+            () if self.calls("DOCKER") => format!("Docker's FORWARD policy ({chain})"),
             () => chain,
         }
     }
 
-    /// iptables made it, and it is there.
-    fn iptables(&self) -> Option<&'static str> {
-        let program = match self.family.as_str() {
-            "ip" => "iptables",
-            "ip6" => "ip6tables",
-            _ => return None,
-        };
-        let is_theirs =
-            self.table == "filter" && self.chain.chars().all(|letter| letter.is_ascii_uppercase());
-        let paths = ["/usr/sbin", "/sbin", "/usr/bin", "/usr/local/sbin"];
-        let there = paths.iter().any(|directory| Path::new(directory).join(program).exists());
-        (is_theirs && there).then_some(program)
+    /// The program of iptables' that changes it, if it is there and made it.
+    fn iptables(&self) -> Option<String> {
+        let is_theirs = self.chain.chars().all(|letter| letter.is_ascii_uppercase());
+        is_theirs.then(|| iptables::program(&self.family, &self.table, ""))?
     }
 
     /// What lets a network's packets through.
@@ -295,10 +310,10 @@ impl Dropper {
         if self.is_firewalld() {
             return format!("firewall-cmd --zone=trusted --add-interface={device}");
         }
-        if self.has("ufw") {
+        if self.calls("ufw") {
             return format!("ufw route allow in on {device} && ufw route allow out on {device}");
         }
-        let chain = if self.has("DOCKER-USER") { "DOCKER-USER" } else { self.chain.as_str() };
+        let chain = if self.calls("DOCKER-USER") { "DOCKER-USER" } else { self.chain.as_str() };
         match self.iptables() {
             Some(iptables) => format!(
                 "{iptables} -I {chain} -i {device} -j ACCEPT && {iptables} -I {chain} -o {device} -j ACCEPT"
@@ -315,7 +330,7 @@ impl Dropper {
         if self.is_firewalld() {
             return format!("firewall-cmd --zone=trusted --add-interface={device}");
         }
-        if self.has("ufw") {
+        if self.calls("ufw") {
             return format!(
                 "ufw allow in on {device} to any port 53 && ufw allow in on {device} to any port 67 proto udp"
             );

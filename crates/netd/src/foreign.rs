@@ -1,15 +1,13 @@
 //! Other people's firewall rules: what becomes of a packet in them, as far as that can be known from `nft -j list ruleset`
 //! (libnftables-json(5)).
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::firewall;
-
-/// Chains that call each other are followed so deep, as the kernel does (NFT_JUMP_STACK_SIZE).
-const DEEPEST: usize = 16;
 
 /// The first packet of a connection, or one that answers it.
 #[derive(Clone, Debug)]
@@ -32,6 +30,18 @@ pub struct Packet<'a> {
     pub answers: bool,
 }
 
+impl Packet<'_> {
+    /// Whom it is for, in the kernel's words for routes.
+    fn kind(&self) -> &'static str {
+        match self.to {
+            IpAddr::V4(to) if to.is_broadcast() => "broadcast",
+            to if to.is_multicast() => "multicast",
+            _ if self.hook == "input" => "local",
+            _ => "unicast",
+        }
+    }
+}
+
 /// A chain of somebody's that drops a packet.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Dropper {
@@ -41,8 +51,8 @@ pub struct Dropper {
     pub table: String,
     /// The chain that is called for each packet.
     pub chain: String,
-    /// Chains of the table.
-    pub chains: Vec<String>,
+    /// Chains that it calls itself.
+    pub calls: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,130 +70,155 @@ impl From<bool> for Truth {
     }
 }
 
-/// How a chain ends.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    Accept,
-    Drop,
+/// How a chain may end: more than one if it asks for what is not known here.
+#[derive(Clone, Copy, Default)]
+struct Ends {
+    accept: bool,
+    drop: bool,
     /// The caller goes on.
-    Return,
+    returns: bool,
+}
+
+impl Ends {
+    const ACCEPT: Self = Self { accept: true, drop: false, returns: false };
+    const DROP: Self = Self { accept: false, drop: true, returns: false };
+    const RETURN: Self = Self { accept: false, drop: false, returns: true };
+
+    fn or(self, other: Self) -> Self {
+        Self {
+            accept: self.accept || other.accept,
+            drop: self.drop || other.drop,
+            returns: self.returns || other.returns,
+        }
+    }
 }
 
 /// What is known of all tables.
 #[derive(Debug)]
-pub struct Rules<'a>(Vec<&'a Value>);
+pub struct Rules<'a> {
+    chains: Vec<&'a Value>,
+    /// By family, table and chain.
+    rules: HashMap<[&'a str; 3], Vec<&'a Value>>,
+}
 
 impl<'a> Rules<'a> {
     /// From what `nft -j list ruleset` says.
     pub fn new(ruleset: &'a Value) -> Self {
-        Self(ruleset["nftables"].as_array().into_iter().flatten().collect())
+        let items = || ruleset["nftables"].as_array().into_iter().flatten();
+        let mut rules: HashMap<_, Vec<_>> = HashMap::new();
+        for rule in items().filter_map(|item| item.get("rule")) {
+            rules.entry(["family", "table", "chain"].map(|key| text(&rule[key]))).or_default().push(rule);
+        }
+        Self { chains: items().filter_map(|item| item.get("chain")).collect(), rules }
     }
 
     /// Who drops a packet for sure. Rules that ask for what is not known here may let it pass, so that those are not blamed.
     pub fn droppers(&self, packet: &Packet<'_>) -> Vec<Dropper> {
-        let family = if packet.from.is_ipv4() { "ip" } else { "ip6" };
-        let chains = self.0.iter().filter_map(|item| item.get("chain"));
-        let ours = |chain: &Value| {
-            format!("{} {}", text(&chain["family"]), text(&chain["table"])) == firewall::TABLE
-        };
-        let bases = chains.filter(|chain| {
-            text(&chain["hook"]) == packet.hook
+        let ip = if packet.from.is_ipv4() { "ip" } else { "ip6" };
+        let mut droppers = Vec::new();
+        for chain in &self.chains {
+            let [family, table, name] = ["family", "table", "name"].map(|key| text(&chain[key]));
+            let is_asked = text(&chain["hook"]) == packet.hook
                 && text(&chain["type"]) == "filter"
-                && [family, "inet"].contains(&text(&chain["family"]))
-                && !ours(chain)
-        });
-        let drops = bases.filter(|chain| {
-            let mut walk = Walk { rules: self, packet, may_pass: false };
-            let end = walk.chain(text(&chain["family"]), text(&chain["table"]), text(&chain["name"]), 0);
-            let dropped = match end {
-                End::Accept => false,
-                End::Drop => true,
-                End::Return => text(&chain["policy"]) == "drop",
-            };
-            dropped && !walk.may_pass
-        });
-        let dropper = |chain: &Value| Dropper {
-            family: text(&chain["family"]).into(),
-            table: text(&chain["table"]).into(),
-            chain: text(&chain["name"]).into(),
-            chains: self.chains(text(&chain["family"]), text(&chain["table"])),
-        };
-        drops.map(dropper).collect()
+                && [ip, "inet"].contains(&family)
+                && format!("{family} {table}") != firewall::TABLE;
+            if !is_asked {
+                continue;
+            }
+            let ends = Walk { rules: self, packet, family, table, known: HashMap::new() }.chain(name);
+            let passes = ends.accept || (ends.returns && text(&chain["policy"]) != "drop");
+            if !passes {
+                let [family, table, chain] = [family, table, name].map(str::to_owned);
+                let calls =
+                    self.of([&family, &table, &chain]).filter_map(called).map(str::to_owned).collect();
+                droppers.push(Dropper { family, table, chain, calls });
+            }
+        }
+        droppers
     }
 
-    fn chains(&self, family: &str, table: &str) -> Vec<String> {
-        let chains = self.0.iter().filter_map(|item| item.get("chain"));
-        let chains =
-            chains.filter(|chain| text(&chain["family"]) == family && text(&chain["table"]) == table);
-        chains.map(|chain| text(&chain["name"]).to_owned()).collect()
+    fn of<'s>(&'s self, chain: [&'s str; 3]) -> impl Iterator<Item = &'a Value> + use<'s, 'a> {
+        self.rules.get(&chain).into_iter().flatten().copied()
     }
 }
 
+/// The chain that a rule calls.
+fn called(rule: &Value) -> Option<&str> {
+    let mut statements = rule["expr"].as_array()?.iter();
+    statements.find_map(|statement| statement["jump"]["target"].as_str())
+}
+
+/// One packet's way through a table.
 struct Walk<'a> {
     rules: &'a Rules<'a>,
     packet: &'a Packet<'a>,
-    /// A rule was passed by that may have accepted it.
-    may_pass: bool,
+    family: &'a str,
+    table: &'a str,
+    /// How chains end that it came by. The kernel lets none call itself.
+    known: HashMap<&'a str, Ends>,
 }
 
-impl Walk<'_> {
-    fn chain(&mut self, family: &str, table: &str, name: &str, depth: usize) -> End {
-        if depth > DEEPEST {
-            return End::Return;
+impl<'a> Walk<'a> {
+    fn chain(&mut self, name: &'a str) -> Ends {
+        if let Some(ends) = self.known.get(name) {
+            return *ends;
         }
-        let rules = self.rules.0.iter().filter_map(|item| item.get("rule"));
-        let rules = rules.filter(|rule| {
-            text(&rule["family"]) == family && text(&rule["table"]) == table && text(&rule["chain"]) == name
-        });
-        for rule in rules {
-            let mut sure = true;
-            for statement in rule["expr"].as_array().into_iter().flatten() {
-                let Some((kind, value)) = statement.as_object().and_then(|object| object.iter().next())
-                else {
-                    // A bare word, such as "notrack".
-                    continue;
-                };
-                match self.statement(kind, value) {
-                    Yes => {}
-                    No => break,
-                    Unknown => sure = false,
-                }
-                let verdict = match kind.as_str() {
-                    "vmap" => {
-                        // The verdict that the packet's own value leads to.
-                        match self.mapped(value) {
-                            (Some(verdict), certain) => {
-                                sure &= certain;
-                                verdict.as_object().and_then(|object| object.iter().next())
-                            }
-                            (None, certain) => {
-                                self.may_pass |= !certain;
-                                None
-                            }
-                        }
-                    }
-                    _ => Some((kind, value)),
-                };
-                let Some((kind, value)) = verdict else { continue };
-                let (end, leaves) = match kind.as_str() {
-                    "accept" => (End::Accept, true),
-                    "drop" | "reject" => (End::Drop, true),
-                    "return" => (End::Return, true),
-                    "jump" => (self.chain(family, table, text(&value["target"]), depth + 1), false),
-                    "goto" => (self.chain(family, table, text(&value["target"]), depth + 1), true),
-                    "xt" if text(&value["name"]) == "REJECT" => (End::Drop, true),
-                    _ => continue,
-                };
-                if !sure {
-                    self.may_pass |= end == End::Accept;
-                    break;
-                }
-                if leaves || end != End::Return {
-                    return end;
+        self.known.insert(name, Ends::RETURN);
+        let mut ends = Ends::default();
+        let mut goes_on = true;
+        let rules = self.rules;
+        let mut rules = rules.of([self.family, self.table, name]);
+        while let (true, Some(rule)) = (goes_on, rules.next()) {
+            let leaves;
+            (leaves, goes_on) = self.rule(rule);
+            ends = ends.or(leaves);
+        }
+        ends.returns |= goes_on;
+        self.known.insert(name, ends);
+        ends
+    }
+
+    /// How the chain may end by a rule, and whether it may go on behind it.
+    fn rule(&mut self, rule: &'a Value) -> (Ends, bool) {
+        let (mut ends, mut sure) = (Ends::default(), true);
+        for statement in rule["expr"].as_array().into_iter().flatten() {
+            let Some((kind, value)) = statement.as_object().and_then(|object| object.iter().next()) else {
+                // A bare word, such as "notrack".
+                continue;
+            };
+            match self.statement(kind, value) {
+                Yes => {}
+                No => return (ends, true),
+                Unknown => sure = false,
+            }
+            let (mut kind, mut value) = (kind, value);
+            if kind == "vmap" {
+                // The verdict that the packet's own value leads to; if that is not known, maybe another one.
+                let (verdict, certain) = self.mapped(value);
+                ends.accept |= !certain;
+                sure &= certain;
+                match verdict.and_then(|verdict| verdict.as_object()?.iter().next()) {
+                    Some(verdict) => (kind, value) = verdict,
+                    None => continue,
                 }
             }
+            let (leaves, goes_on) = match kind.as_str() {
+                "accept" => (Ends::ACCEPT, false),
+                "drop" | "reject" => (Ends::DROP, false),
+                "xt" if text(&value["name"]) == "REJECT" => (Ends::DROP, false),
+                "return" => (Ends::RETURN, false),
+                "jump" => {
+                    let called = self.chain(text(&value["target"]));
+                    (Ends { returns: false, ..called }, called.returns)
+                }
+                "goto" => (self.chain(text(&value["target"])), false),
+                // What a program decides.
+                "queue" => (Ends::ACCEPT.or(Ends::DROP), false),
+                _ => continue,
+            };
+            return (ends.or(leaves), goes_on || !sure);
         }
-        End::Return
+        (ends, true)
     }
 
     /// Whether the rule goes on behind this.
@@ -223,10 +258,12 @@ impl Walk<'_> {
 
     fn compare(&self, left: &Value, right: &Value) -> Truth {
         let packet = self.packet;
-        let (what, key) = match left.as_object().and_then(|object| object.iter().next()) {
-            Some((what, of)) if what == "payload" => (text(&of["protocol"]), text(&of["field"])),
-            Some((what, of)) => (what.as_str(), text(&of["key"])),
-            None => return Unknown,
+        let Some((what, of)) = left.as_object().and_then(|object| object.iter().next()) else {
+            return Unknown;
+        };
+        let (what, key) = match what.as_str() {
+            "payload" => (text(&of["protocol"]), text(&of["field"])),
+            what => (what, text(&of["key"])),
         };
         let family = if packet.from.is_ipv4() { "ipv4" } else { "ipv6" };
         let (ip, other_ip) = if packet.from.is_ipv4() { ("ip", "ip6") } else { ("ip6", "ip") };
@@ -243,6 +280,9 @@ impl Walk<'_> {
             ("meta", "l4proto") => word(packet.protocol),
             ("ct", "state") => word(if packet.answers { "established" } else { "new" }),
             ("ct", "status") if !packet.answers => word("none"),
+            ("fib", _) if text(&of["result"]) == "type" && of["flags"] == json!(["daddr"]) => {
+                word(packet.kind())
+            }
             ("ip", "protocol") | ("ip6", "nexthdr") if what == ip => word(packet.protocol),
             (proto, "saddr") if proto == ip => within(right, packet.from),
             (proto, "daddr") if proto == ip => within(right, packet.to),
@@ -310,8 +350,6 @@ fn number(right: &Value, number: u16) -> Truth {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn packet(answers: bool) -> Packet<'static> {

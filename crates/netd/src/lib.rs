@@ -15,6 +15,7 @@ pub mod filter;
 pub mod firewall;
 pub mod foreign;
 mod helper;
+mod iptables;
 pub mod links;
 mod moving;
 mod networks;

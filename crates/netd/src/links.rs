@@ -16,6 +16,7 @@ use rtnetlink::packet_route::neighbour::{
 };
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkBridge, LinkMacVlan, LinkMacVtap, LinkUnspec, RouteMessageBuilder};
+use rustix::io::Errno;
 
 use crate::{Context, Result};
 
@@ -66,6 +67,18 @@ pub struct Route {
 #[derive(Clone, Debug)]
 pub struct Links(Handle);
 
+/// The kernel does not know that kind of links.
+fn is_unknown(error: &rtnetlink::Error) -> bool {
+    let unknown = -Errno::OPNOTSUPP.raw_os_error();
+    matches!(error, rtnetlink::Error::NetlinkError(message) if message.raw_code() == unknown)
+}
+
+fn no_such_kind(kind: &str) -> crate::Error {
+    crate::Error::new(format!("this host's kernel makes no {kind} links: its module {kind} is missing")).help(format!(
+        "modprobe {kind}, as root; where there is no such module, a kernel that has it is needed (Debian: linux-image-amd64)"
+    ))
+}
+
 impl Links {
     /// Opens netlink; its runtime is the current one.
     ///
@@ -109,7 +122,7 @@ impl Links {
         if let Some(mac) = mac {
             bridge = bridge.address(mac.bytes().into());
         }
-        self.add(name, bridge.build()).await
+        self.add(name, "bridge", bridge.build()).await
     }
 
     /// Makes a MacVTap over a link.
@@ -117,7 +130,8 @@ impl Links {
     /// # Errors
     /// The name is taken, the link takes none, or the host makes none.
     pub async fn add_macvtap(&self, name: &str, parent: u32, mode: MacVtapMode, mac: Mac) -> Result<Link> {
-        self.add(name, LinkMacVtap::new(name, parent, mode).address(mac.bytes().into()).build()).await
+        let message = LinkMacVtap::new(name, parent, mode).address(mac.bytes().into()).build();
+        self.add(name, "macvtap", message).await
     }
 
     /// Makes a macvlan over a link, for what is on the link to reach each other.
@@ -125,13 +139,26 @@ impl Links {
     /// # Errors
     /// The name is taken, the link takes none, or the host makes none.
     pub async fn add_macvlan(&self, name: &str, parent: u32) -> Result<Link> {
-        self.add(name, LinkMacVlan::new(name, parent, MacVlanMode::Bridge).build()).await
+        self.add(name, "macvlan", LinkMacVlan::new(name, parent, MacVlanMode::Bridge).build()).await
     }
 
-    async fn add(&self, name: &str, message: LinkMessage) -> Result<Link> {
-        let made = self.0.link().add(message).execute().await;
-        made.context(|| format!("{name} cannot be made"))?;
+    async fn add(&self, name: &str, kind: &str, message: LinkMessage) -> Result<Link> {
+        match self.0.link().add(message).execute().await {
+            Err(error) if is_unknown(&error) => Err(no_such_kind(kind)),
+            made => made.context(|| format!("{name} cannot be made")),
+        }?;
         self.find(name).await?.ok_or_else(|| crate::Error::new(format!("{name} was made and is gone")))
+    }
+
+    /// Whether the kernel makes links of a kind that sits on another link, its module loaded if need be. Nothing is made: one without
+    /// that other link is refused, but as something that is known.
+    pub async fn knows(&self, kind: Kind) -> bool {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName("lodge-trial".into()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]),
+        ];
+        !matches!(self.0.link().add(message).execute().await, Err(error) if is_unknown(&error))
     }
 
     /// Notes something about a link.
@@ -407,4 +434,29 @@ fn read_route(message: &RouteMessage) -> Option<Route> {
     let length = message.header.destination_prefix_length;
     let destination = IpNet::new(destination.unwrap_or(anywhere), length).ok()?;
     Some(Route { destination, index, gateway })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn kinds_that_the_kernel_does_not_know_are_told() {
+        let rights = caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_NET_ADMIN);
+        if !matches!(rights, Ok(true)) {
+            println!("skipped: no CAP_NET_ADMIN");
+            return;
+        }
+        let links = Links::open().unwrap();
+        let nonesuch = || Kind::Other("lodge-nonesuch".into());
+        assert!(!links.knows(nonesuch()).await);
+        let mut message = LinkMessage::default();
+        message.attributes = vec![LinkAttribute::LinkInfo(vec![LinkInfo::Kind(nonesuch())])];
+        let error = links.add("lodge-trial", "nonesuch", message).await.unwrap_err();
+        assert!(error.why.contains("module nonesuch is missing") && error.help.is_some(), "{error:?}");
+        if std::path::Path::new("/sys/class/macvtap").exists() {
+            assert!(links.knows(Kind::MacVtap).await);
+        }
+        assert_eq!(links.find("lodge-trial").await, Ok(None));
+    }
 }

@@ -3,6 +3,7 @@
 mod world;
 
 use std::net::{TcpStream, UdpSocket};
+use std::process::Stdio;
 use std::time::Duration;
 
 use netctl::{Answer, Bridge, Network, Problem, Request};
@@ -158,6 +159,161 @@ fn what_is_found_is_mended() {
     assert!(matches!(&problems[..], [one] if one.command.as_deref() == Some("modprobe tun")), "{problems:?}");
     host.run("umount /dev/net");
     assert_eq!(bed.problems(), Vec::<Problem>::new());
+}
+
+/// What dockerd sets for one container with a port, up to version 27.
+const DOCKER: &str = "*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:DOCKER-ISOLATION-STAGE-2 - [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A FORWARD -i docker0 -o docker0 -j ACCEPT
+-A DOCKER ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
+-A DOCKER-ISOLATION-STAGE-2 -j RETURN
+-A DOCKER-USER -j RETURN
+COMMIT
+";
+
+/// The same since version 28.
+const DOCKER28: &str = "*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER - [0:0]
+:DOCKER-BRIDGE - [0:0]
+:DOCKER-CT - [0:0]
+:DOCKER-FORWARD - [0:0]
+:DOCKER-INTERNAL - [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-FORWARD
+-A DOCKER ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER ! -i docker0 -o docker0 -j DROP
+-A DOCKER-BRIDGE -o docker0 -j DOCKER
+-A DOCKER-CT -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A DOCKER-FORWARD -j DOCKER-CT
+-A DOCKER-FORWARD -j DOCKER-INTERNAL
+-A DOCKER-FORWARD -j DOCKER-BRIDGE
+-A DOCKER-FORWARD -i docker0 -j ACCEPT
+COMMIT
+";
+
+/// What an administrator's script might set.
+const SCRIPT: &str = "*filter
+:INPUT DROP [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:ours - [0:0]
+-A INPUT -i lo -j ACCEPT
+-A INPUT -m state --state RELATED,ESTABLISHED -m comment --comment \"the \\\"answers\\\" -j ACCEPT\" -j ACCEPT
+-A INPUT -m addrtype --dst-type MULTICAST -j RETURN
+-A INPUT -p tcp -m multiport --dports 22,80:90 -j ACCEPT
+-A INPUT -m limit --limit 3/min -j LOG --log-prefix \"dropped: \"
+-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -g ours
+-A ours -i out -p tcp -m tcp --dport 443 -j RETURN
+-A ours ! -i out -m comment --comment inside -j REJECT
+COMMIT
+";
+
+/// Whether all of these programs are there, and start on the host.
+fn have(host: &Host, programs: &[&str]) -> bool {
+    let missing = programs.iter().find(|program| {
+        let mut command = host.command("sh");
+        !command.args(["-c", &format!("{program} >&2")]).stderr(Stdio::null()).status().unwrap().success()
+    });
+    missing.inspect(|program| println!("skipped: no {program}")).is_none()
+}
+
+#[test]
+fn what_iptables_sets() {
+    let Some(bed) = Bed::new() else { return };
+    let host = &bed.world.host;
+    for kind in ["nft", "legacy"] {
+        let all = ["iptables", "ip6tables"].map(|program| format!("{program}-{kind}"));
+        if !have(host, &all.each_ref().map(|program| format!("{program} -S")).each_ref().map(String::as_str))
+        {
+            continue;
+        }
+        let set = |rules: &str| {
+            std::fs::write(bed.world.path("rules"), rules).unwrap();
+            for program in &all {
+                host.run(&format!("{program}-restore {}", bed.world.path("rules").display()));
+            }
+        };
+        for rules in [DOCKER, DOCKER28] {
+            set(rules);
+            assert!(!bed.reaches_outside());
+            bed.mend("Docker's FORWARD policy");
+            assert!(bed.reaches_outside() && bed.finds_names());
+        }
+        set(SCRIPT);
+        assert!(!bed.reaches_outside() && !bed.finds_names());
+        bed.mend(if kind == "nft" { "of the table ip" } else { "filter (iptables-legacy) drops what" });
+        assert!(bed.reaches_outside() && bed.finds_names());
+        set("*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\nCOMMIT\n");
+        assert_eq!(bed.problems(), Vec::<Problem>::new());
+    }
+    if have(host, &["iptables-legacy -S"]) {
+        println!("rules that cannot be read");
+        host.run("mkdir /mnt/bin; cp -a /usr/sbin/nft /mnt/bin; mount --bind /mnt/bin /usr/sbin");
+        let problems = bed.problems();
+        assert!(problems.iter().all(|one| one.what.contains("iptables-legacy is missing")), "{problems:?}");
+        assert!(!problems.is_empty());
+        host.run("umount /usr/sbin");
+    }
+}
+
+#[test]
+fn what_ufw_sets() {
+    let Some(bed) = Bed::new() else { return };
+    let host = &bed.world.host;
+    if !have(host, &["ufw version"]) {
+        return;
+    }
+    // It writes there.
+    host.run(
+        "mount -t tmpfs none /run; cp -a /etc/ufw /run/etc; cp -a /etc/default /run/default
+         mount --bind /run/etc /etc/ufw; mount --bind /run/default /etc/default",
+    );
+    host.run("ufw --force enable && ufw default deny routed");
+    assert!(!bed.reaches_outside() && !bed.finds_names());
+    bed.mend("ufw");
+    assert!(bed.reaches_outside() && bed.finds_names());
+    host.run("ufw disable");
+    assert_eq!(bed.problems(), Vec::<Problem>::new());
+}
+
+#[test]
+fn what_firewalld_sets() {
+    let Some(bed) = Bed::new() else { return };
+    let host = &bed.world.host;
+    if !have(host, &["dbus-daemon --version", "firewall-cmd --help"]) {
+        return;
+    }
+    host.run("mount -t tmpfs none /run; mkdir /run/dbus; dbus-daemon --system --fork");
+    host.run("mount -t tmpfs none /etc/firewalld");
+    let mut daemon = host.command("firewalld").arg("--nofork").arg("--nopid").spawn().unwrap();
+    bed.world.until("firewalld runs", || {
+        let mut state = host.command("firewall-cmd");
+        state.arg("--state").stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success()
+    });
+    assert!(!bed.reaches_outside() && !bed.finds_names());
+    bed.mend("firewalld drops");
+    assert!(bed.reaches_outside() && bed.finds_names());
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
 }
 
 #[test]
