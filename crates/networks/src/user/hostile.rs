@@ -10,9 +10,9 @@ use super::*;
 
 const ARP: [u8; 2] = [8, 6];
 const IPV4: [u8; 2] = [8, 0];
-const IPV6: [u8; 2] = [0x86, 0xdd];
+pub const IPV6: [u8; 2] = [0x86, 0xdd];
 
-fn frame(kind: [u8; 2], bytes: &[u8]) -> Vec<u8> {
+pub fn frame(kind: [u8; 2], bytes: &[u8]) -> Vec<u8> {
     [&plan::GATEWAY_MAC[..], &MAC, &kind, bytes].concat()
 }
 
@@ -32,7 +32,7 @@ fn ipv4(from: Ipv4Addr, to: Ipv4Addr, protocol: IpProtocol, offset: u16, more: b
     frame(IPV4, &bytes)
 }
 
-fn datagram(from: Ipv4Addr, to: Ipv4Addr, ports: [u16; 2], data: &[u8]) -> Vec<u8> {
+pub fn datagram(from: Ipv4Addr, to: Ipv4Addr, ports: [u16; 2], data: &[u8]) -> Vec<u8> {
     let mut bytes = [&[0; 8], data].concat();
     let mut packet = UdpPacket::new_unchecked(&mut bytes[..]);
     packet.set_src_port(ports[0]);

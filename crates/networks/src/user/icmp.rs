@@ -5,14 +5,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recvfrom, sendto, socket_with,
 };
 use slab::Slab;
-use smoltcp::wire::{Icmpv4Packet, Icmpv6Packet, IpProtocol};
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{Icmpv4Packet, Icmpv6Packet, IpProtocol, IpRepr, UdpPacket};
 
 use super::host::{Host, Token};
-use super::outlet::{IPV4, IPV6, Outlet};
+use super::outlet::{HOPS, IPV4, IPV6, Outlet};
 
 /// Programs in the guest that ping at once, at most.
 const MOST: usize = 64;
@@ -25,31 +27,102 @@ const TOLD6: usize = 1232;
 const HEADER: usize = 8;
 const IDENT: usize = 4;
 
+/// Errors that a guest is told of in a second, at most (RFC 1812, 4.3.2.8; RFC 4443, 2.4).
+const MOST_ERRORS: u32 = 200;
+
 /// Why a packet got nowhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unreachable {
+    Net,
     Host,
     Port,
     /// Nobody may get there.
     Forbidden,
+    /// Packets may have so many bytes on the way there.
+    TooBig(u32),
+}
+
+impl Unreachable {
+    /// What the host's kernel means by an error of a socket for datagrams (ip(7), IP_RECVERR). `mtu` counts if one was too big.
+    pub fn of(error: Errno, mtu: u32) -> Self {
+        match error {
+            Errno::NETUNREACH => Self::Net,
+            Errno::CONNREFUSED => Self::Port,
+            Errno::ACCESS | Errno::PERM => Self::Forbidden,
+            Errno::MSGSIZE => Self::TooBig(mtu),
+            _ => Self::Host,
+        }
+    }
+}
+
+/// How many errors the guest was told of in this second.
+#[derive(Debug, Default)]
+pub struct Told(Option<Instant>, u32);
+
+impl Told {
+    /// Whether one more may be told of.
+    pub fn another(&mut self) -> bool {
+        if self.0.is_none_or(|since| since.elapsed() >= Duration::from_secs(1)) {
+            *self = Self(Some(Instant::now()), 0);
+        }
+        self.1 += 1;
+        self.1 <= MOST_ERRORS
+    }
 }
 
 /// Tells the guest that its packet got nowhere.
 pub fn unreachable(packet: &[u8], why: Unreachable, outlet: &mut Outlet) {
     let Some((from, to)) = ends(packet) else { return };
-    let (protocol, told, kind, code) = match (from, why) {
-        (IpAddr::V4(_), Unreachable::Host) => (IpProtocol::Icmp, TOLD4, 3, 1),
-        (IpAddr::V4(_), Unreachable::Port) => (IpProtocol::Icmp, TOLD4, 3, 3),
-        (IpAddr::V4(_), Unreachable::Forbidden) => (IpProtocol::Icmp, TOLD4, 3, 13),
-        (IpAddr::V6(_), Unreachable::Host) => (IpProtocol::Icmpv6, TOLD6, 1, 3),
-        (IpAddr::V6(_), Unreachable::Port) => (IpProtocol::Icmpv6, TOLD6, 1, 4),
-        (IpAddr::V6(_), Unreachable::Forbidden) => (IpProtocol::Icmpv6, TOLD6, 1, 1),
+    if !outlet.told.another() {
+        return;
+    }
+    let (protocol, told, (kind, code)) = match from {
+        IpAddr::V4(_) => (
+            IpProtocol::Icmp,
+            TOLD4,
+            match why {
+                Unreachable::Net => (3, 0),
+                Unreachable::Host => (3, 1),
+                Unreachable::Port => (3, 3),
+                Unreachable::TooBig(_) => (3, 4),
+                Unreachable::Forbidden => (3, 13),
+            },
+        ),
+        IpAddr::V6(_) => (
+            IpProtocol::Icmpv6,
+            TOLD6,
+            match why {
+                Unreachable::Net => (1, 0),
+                Unreachable::Forbidden => (1, 1),
+                Unreachable::Host => (1, 3),
+                Unreachable::Port => (1, 4),
+                Unreachable::TooBig(_) => (2, 0),
+            },
+        ),
     };
+    // In IPv4 only the lower half counts (RFC 1191, 4).
+    let [a, b, c, d] = if let Unreachable::TooBig(mtu) = why { mtu.to_be_bytes() } else { [0; 4] };
     let told = &packet[..packet.len().min(told)];
-    let mut message = [&[kind, code, 0, 0, 0, 0, 0, 0], told].concat();
+    let mut message = [&[kind, code, 0, 0, a, b, c, d], told].concat();
     fill_checksum(&mut message, to, from);
     // As if the one that was not reached said so: all others are behind the same door.
     outlet.packet(to, from, protocol, &message);
+}
+
+/// Tells the guest that a datagram got nowhere, of which this much is known. Both addresses are of one family.
+pub fn lost(from: SocketAddr, to: SocketAddr, data: &[u8], why: Unreachable, outlet: &mut Outlet) {
+    let data = &data[..data.len().min(TOLD6)];
+    let mut udp = [&[0; HEADER], data].concat();
+    let mut packet = UdpPacket::new_unchecked(&mut udp[..]);
+    packet.set_src_port(from.port());
+    packet.set_dst_port(to.port());
+    packet.set_len((HEADER + data.len()) as u16);
+    packet.fill_checksum(&from.ip().into(), &to.ip().into());
+    let header = IpRepr::new(from.ip().into(), to.ip().into(), IpProtocol::Udp, udp.len(), HOPS);
+    let mut whole = vec![0; header.header_len()];
+    header.emit(&mut whole[..], &ChecksumCapabilities::default());
+    whole.extend(udp);
+    unreachable(&whole, why, outlet);
 }
 
 /// Both addresses of an IP packet.

@@ -8,6 +8,7 @@ use smoltcp::wire::{
     EthernetAddress, EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, Ipv6Packet, UdpPacket,
 };
 
+use super::icmp::Told;
 use super::plan::GATEWAY_MAC;
 
 /// Bytes of the longest IP packet on the cable.
@@ -19,7 +20,8 @@ pub const IPV4: usize = 20;
 pub const IPV6: usize = 40;
 const FRAGMENT: usize = 8;
 const UDP: usize = 8;
-const HOPS: u8 = 64;
+/// The hop limit of what we send.
+pub const HOPS: u8 = 64;
 
 /// The way to the guest.
 #[derive(Debug)]
@@ -34,13 +36,16 @@ pub struct Outlet {
     ident: u16,
     /// Frames that were dropped.
     pub dropped: u64,
+    /// Errors that the guest was told of.
+    pub told: Told,
 }
 
 impl Outlet {
     /// To the card with this address; whoever is connected gets the frames.
     pub fn new(mac: Mac) -> Self {
         let guest = Guest::default();
-        Self { guest, mac, waiting: VecDeque::new(), frame: Vec::new(), ident: 0, dropped: 0 }
+        let (waiting, frame, told) = (VecDeque::new(), Vec::new(), Told::default());
+        Self { guest, mac, waiting, frame, ident: 0, dropped: 0, told }
     }
 
     /// A new machine is at the cable.

@@ -21,7 +21,7 @@ use super::outlet::Outlet;
 use super::plan::{Plan, Where};
 use super::resolvers::Resolvers;
 use super::tcp::{Connections, Segment};
-use super::udp::Datagrams;
+use super::udp::{Datagram, Datagrams};
 use super::{dhcp, neighbours};
 
 /// How often the router makes itself known.
@@ -73,6 +73,16 @@ struct Packet<'a> {
     payload: &'a [u8],
     /// Its checksum is the sender's to compute, or was never wrong.
     trusted: bool,
+}
+
+impl Packet<'_> {
+    /// Routers may not cut it in pieces.
+    fn stays_whole(&self) -> bool {
+        match self.from {
+            IpAddr::V4(_) => Ipv4Packet::new_unchecked(self.whole).dont_frag(),
+            IpAddr::V6(_) => Ipv6Packet::new_unchecked(self.whole).next_header() == self.protocol,
+        }
+    }
 }
 
 /// The network's state.
@@ -422,12 +432,17 @@ impl Stack {
             Where::Refused => self.datagrams.peer_of(guest, name),
             Where::Nowhere => return Ok(false),
         };
-        let sent = to.map(|to| self.datagrams.send(guest, to, name, udp.payload(), host, now));
-        match sent {
-            Some(Ok(())) => return Ok(true),
-            Some(Err(_)) => icmp::unreachable(packet.whole, Unreachable::Host, &mut self.outlet),
-            None => icmp::unreachable(packet.whole, Unreachable::Port, &mut self.outlet),
-        }
+        let why = match to {
+            Some(to) => {
+                let datagram = Datagram { guest, to, name, data: udp.payload(), whole: packet.stays_whole() };
+                match self.datagrams.send(&datagram, host, now, &mut self.outlet) {
+                    Ok(()) => return Ok(true),
+                    Err(why) => why,
+                }
+            }
+            None => Unreachable::Port,
+        };
+        icmp::lost(guest, name, udp.payload(), why, &mut self.outlet);
         Ok(false)
     }
 

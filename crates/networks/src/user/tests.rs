@@ -16,6 +16,8 @@ use super::*;
 
 #[path = "hostile.rs"]
 mod hostile;
+#[path = "../../../../tests/src/namespaces.rs"]
+mod namespaces;
 
 const MAC: Mac = [0x52, 0x54, 0, 1, 2, 3];
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -516,6 +518,141 @@ fn datagrams_come_back_from_where_they_were_sent() {
     bed.poll();
     assert_eq!(peer.recv_from(&mut bytes).unwrap(), (7, at));
     drop(long);
+}
+
+/// A datagram of the guest's in IPv6 and IPv4, each with so many bytes of data.
+fn datagrams(hosts: (&str, &str), port: u16, len: usize, whole: bool) -> [Vec<u8>; 2] {
+    use smoltcp::wire::{IpProtocol, Ipv4Packet, Ipv6Packet, UdpPacket};
+    let data = pattern(len);
+    let mut ipv4 = hostile::datagram(GUEST, hosts.0.parse().unwrap(), [4000, port], &data);
+    let mut packet = Ipv4Packet::new_unchecked(&mut ipv4[14..]);
+    packet.set_dont_frag(whole);
+    packet.fill_checksum();
+    let (from, to) = ("fd6c:6f64:6765::15".parse().unwrap(), hosts.1.parse().unwrap());
+    let mut bytes = [&[0; 48], &data[..]].concat();
+    let mut packet = Ipv6Packet::new_unchecked(&mut bytes[..]);
+    packet.set_version(6);
+    packet.set_payload_len(8 + len as u16);
+    packet.set_hop_limit(64);
+    packet.set_next_header(IpProtocol::Udp);
+    packet.set_src_addr(from);
+    packet.set_dst_addr(to);
+    let mut udp = UdpPacket::new_unchecked(&mut bytes[40..]);
+    udp.set_src_port(4000);
+    udp.set_dst_port(port);
+    udp.set_len(8 + len as u16);
+    udp.fill_checksum(&from.into(), &to.into());
+    [hostile::frame(hostile::IPV6, &bytes), ipv4]
+}
+
+/// Sends one, and waits until the guest is told by ICMP that it got nowhere: type, code, and the other four bytes.
+#[track_caller]
+fn told(bed: &Bed, sent: &[u8]) -> (u8, u8, u32) {
+    use smoltcp::wire::{IpProtocol, Ipv4Packet, Ipv6Packet};
+    let v6 = sent[12..14] == hostile::IPV6;
+    let header = if v6 { 40 } else { 20 };
+    bed.link.send(&Header::default(), sent);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < end, "nothing is told");
+        let Some(frame) = bed.card.frames.lock().unwrap().pop_front() else {
+            std::thread::yield_now();
+            continue;
+        };
+        let (packet, message) = (&frame[14..], &frame[14 + header..]);
+        let is_it = if v6 {
+            frame[12..14] == sent[12..14] && packet[6] == u8::from(IpProtocol::Icmpv6) && message[0] < 128
+        } else {
+            frame[12..14] == sent[12..14] && packet[9] == u8::from(IpProtocol::Icmp)
+        };
+        if !is_it {
+            continue;
+        }
+        // From whom it was for, about this one: its addresses, and the header behind.
+        let addresses = if v6 { 8..40 } else { 12..20 };
+        assert_eq!(message[8..][addresses.clone()], sent[14..][addresses.clone()]);
+        assert_eq!(message[8 + header..][..4], sent[14 + header..][..4], "ports");
+        let told = &message[8 + header + 8..];
+        assert_eq!(told, &sent[14 + header + 8..][..told.len()]);
+        assert_ne!(told.is_empty(), v6);
+        let half = addresses.len() / 2;
+        assert_eq!(packet[addresses.start..][..half], sent[14 + addresses.start + half..][..half]);
+        let right = if v6 {
+            let ip = Ipv6Packet::new_checked(packet).unwrap();
+            let message = smoltcp::wire::Icmpv6Packet::new_checked(ip.payload()).unwrap();
+            message.verify_checksum(&ip.src_addr(), &ip.dst_addr())
+        } else {
+            let ip = Ipv4Packet::new_checked(packet).unwrap();
+            let message = smoltcp::wire::Icmpv4Packet::new_checked(ip.payload()).unwrap();
+            ip.verify_checksum() && message.verify_checksum()
+        };
+        assert!(right, "{frame:02x?}");
+        return (message[0], message[1], u32::from_be_bytes(message[4..8].try_into().unwrap()));
+    }
+}
+
+#[test]
+fn who_sends_to_a_closed_port_is_told() {
+    let bed = Bed::new(|_| {});
+    for (address, is_v6) in [("127.0.0.1:0", false), ("[::1]:0", true)] {
+        let Ok(peer) = UdpSocket::bind(address) else {
+            println!("skipped: this host has no {address}");
+            continue;
+        };
+        let port = peer.local_addr().unwrap().port();
+        drop(peer);
+        let [v6, v4] = datagrams(("10.0.2.2", "fd6c:6f64:6765::2"), port, 100, true);
+        // By the first nothing but the error comes back; the next meets it, or another one.
+        for _ in 0..3 {
+            assert_eq!(told(&bed, if is_v6 { &v6 } else { &v4 }), if is_v6 { (1, 4, 0) } else { (3, 3, 0) });
+        }
+    }
+    // What was told before keeps nothing from its way.
+    let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+    peer.set_read_timeout(Some(PATIENCE)).unwrap();
+    let port = peer.local_addr().unwrap().port();
+    let [_, v4] = datagrams(("10.0.2.2", "fd6c:6f64:6765::2"), port, 100, true);
+    bed.link.send(&Header::default(), &v4);
+    assert_eq!(peer.recv(&mut [0; 200]).unwrap(), 100);
+}
+
+#[test]
+fn who_sends_too_much_at_once_or_to_nobody_is_told() {
+    let Some(host) = namespaces::Host::new() else { return };
+    host.run(
+        "ip link set lo mtu 1300
+         for net in 192.0.2.0/24 2001:db8:2::/48; do ip route add unreachable $net; done
+         for net in 198.51.100.0/24 2001:db8:3::/48; do ip route add prohibit $net; done",
+    );
+    host.inside(|| {
+        let bed = Bed::new(|_| {});
+        let told = |hosts, len| datagrams(hosts, 9, len, true).map(|frame| told(&bed, &frame));
+        assert_eq!(told(("203.0.113.1", "2001:db8:1::1"), 10), [(1, 0, 0), (3, 0, 0)], "no route");
+        assert_eq!(told(("192.0.2.1", "2001:db8:2::1"), 10), [(1, 3, 0), (3, 1, 0)], "no host");
+        assert_eq!(told(("198.51.100.1", "2001:db8:3::1"), 10), [(1, 1, 0), (3, 13, 0)], "forbidden");
+        let gateway = ("10.0.2.2", "fd6c:6f64:6765::2");
+        assert_eq!(told(gateway, 1400), [(2, 0, 1300), (3, 4, 1300)], "too big");
+        // What may be cut in pieces is.
+        let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        let [_, v4] = datagrams(gateway, peer.local_addr().unwrap().port(), 1400, false);
+        bed.link.send(&Header::default(), &v4);
+        assert_eq!(peer.recv(&mut [0; 2000]).unwrap(), 1400);
+    });
+}
+
+#[test]
+fn no_guest_is_told_of_endless_errors() {
+    let bed = Bed::new(|_| {});
+    let [_, v4] = datagrams(("10.0.2.3", "fd6c:6f64:6765::3"), 9, 10, true);
+    let begin = Instant::now();
+    let mut told = 0;
+    for _ in 0..2000 {
+        bed.link.send(&Header::default(), &v4);
+        told += std::mem::take(&mut *bed.card.frames.lock().unwrap()).len();
+    }
+    // Some in each second that it took.
+    assert!((1..=200 * (2 + begin.elapsed().as_secs() as usize)).contains(&told), "{told}");
 }
 
 #[test]
