@@ -195,9 +195,16 @@ fn inspect(name: &str, json: bool) -> anyhow::Result<ExitCode> {
         print(&serde_json::to_string_pretty(status)?)?;
         return Ok(ExitCode::SUCCESS);
     }
+    print(&described_again(status)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A file that declares the network, with what there is to say of its guests in comments.
+fn described_again(status: &Status) -> anyhow::Result<String> {
+    let mut text = String::new();
     if let Some(network) = &status.network {
         let declared = Declared { networks: vec![network.clone()], bridges: Vec::new() };
-        print(&toml::to_string(&declared)?)?;
+        text = toml::to_string(&declared)? + "\n";
     }
     let mut rows = table(&["GUEST", "PID", "MAC", "ADDRESS", "LINK", "SPOOFED", "DENIED"]);
     for card in &status.cards {
@@ -206,8 +213,8 @@ fn inspect(name: &str, json: bool) -> anyhow::Result<ExitCode> {
         let (spoofed, denied) = (card.spoofed.to_string(), card.denied.to_string());
         rows.add_row([card.vm.clone(), pid, mac, address, card.interface.clone(), spoofed, denied]);
     }
-    print(&rows.to_string())?;
-    Ok(ExitCode::SUCCESS)
+    let lines: Vec<String> = rows.lines().map(|line| format!("# {line}")).collect();
+    Ok(text + &lines.join("\n"))
 }
 
 fn leases(name: &str, json: bool) -> anyhow::Result<ExitCode> {
@@ -256,6 +263,48 @@ fn check(network: Option<String>, json: bool) -> anyhow::Result<ExitCode> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_inspect_prints_declares_the_network() {
+        let host = netctl::Host {
+            mac: "52:4c:00:00:00:01".parse().unwrap(),
+            address: "192.168.200.9".parse().unwrap(),
+            name: None,
+        };
+        let network = Network {
+            mode: Mode::Routed,
+            ipv4: Some("192.168.200.1/24".parse().unwrap()),
+            ipv6: Some("fd00:1:2:3::1/64".parse().unwrap()),
+            hosts: vec![host],
+            ..Network::new("lab")
+        };
+        let card = netctl::Card {
+            vm: "web".into(),
+            pid: 77,
+            mac: "52:4c:00:00:00:02".parse().unwrap(),
+            address: Some("192.168.200.10".parse().unwrap()),
+            interface: "ltap0".into(),
+            spoofed: 0,
+            denied: 3,
+        };
+        let mut status = Status {
+            network: Some(network.clone()),
+            device: "virbr1".into(),
+            active: true,
+            cards: vec![card],
+        };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let read = |status: &Status| {
+            let text = described_again(status).unwrap();
+            assert!(text.contains("web") && text.contains("192.168.200.10"), "{text}");
+            std::fs::write(file.path(), text).unwrap();
+            declared(file.path()).unwrap().networks
+        };
+        assert_eq!(read(&status), [network]);
+        // A bridge of the host's is none of ours.
+        status.network = None;
+        assert_eq!(read(&status), []);
+    }
 
     #[test]
     fn a_file_declares_networks() {
