@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 
 use netctl::{Attach, Attached, Direct, Forward, MOST_QUEUES, Mac, Protocol, Target};
+use rustix::io::Errno;
 
 use crate::access::is_link_local;
 use crate::addresses::{check_device, check_vm, link_local};
@@ -224,8 +225,13 @@ impl Helper {
     async fn plug_tap(&mut self, card: &mut Card, bridge: &str, queues: usize) -> Result<Vec<OwnedFd>> {
         let bridge = self.bridge(card, bridge).await?;
         let (interface, descriptors) = taps::create(TAPS, queues).map_err(|error| {
+            // The node may be there without its module.
+            let no_module = matches!(
+                error.raw_os_error().map(Errno::from_raw_os_error),
+                Some(Errno::NOENT | Errno::NODEV)
+            );
             let error = Error::new(format!("no TAP device can be made: {error}"));
-            if std::path::Path::new(taps::TUN).exists() { error } else { error.help("sudo modprobe tun") }
+            if no_module { error.help("sudo modprobe tun") } else { error }
         })?;
         card.interface = interface;
         match self.connect(card, &bridge).await {
@@ -358,10 +364,10 @@ impl Helper {
         queues: usize,
     ) -> Result<Vec<OwnedFd>> {
         let made = self.links.add_macvtap(&card.interface, parent.index, direct::mode(mode), card.mac).await;
-        let link = made.map_err(|error| match error.why {
+        let link = made.map_err(|error| match &error.why {
             why if why.contains("busy") => Error::new(format!("{} takes no more cards: {why}", parent.name))
                 .help("one of mode passthru wants the link for itself, and so does a bridge"),
-            why => Error::new(why),
+            _ => error,
         })?;
         card.index = Some(link.index);
         self.store.keep_card(card)?;
