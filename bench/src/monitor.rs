@@ -169,7 +169,8 @@ pub struct Running {
     errors: Option<thread::JoinHandle<String>>,
     /// The output that has not been looked at.
     text: String,
-    clock: ClockId,
+    /// Of its own, and of those that work for it.
+    clocks: Vec<ClockId>,
     begun: Instant,
 }
 
@@ -180,6 +181,11 @@ pub struct Moment {
     pub wall: Duration,
     /// Processor time, of all of its threads, on behalf of it in the kernel too.
     pub cpu: Duration,
+}
+
+fn clock_of(child: &Child) -> Result<ClockId> {
+    clock_getcpuclockid(Pid::from_raw(child.id().cast_signed()))
+        .context("the host has no clock for the process")
 }
 
 impl Running {
@@ -213,9 +219,17 @@ impl Running {
             String::from_utf8_lossy(&bytes).into_owned()
         });
         let input = child.stdin.take().context("it is piped")?;
-        let clock = clock_getcpuclockid(Pid::from_raw(child.id().cast_signed()))
-            .context("the host has no clock for the process")?;
-        Ok(Self { child, input, output, errors: Some(errors), text: String::new(), clock, begun })
+        let clocks = vec![clock_of(&child)?];
+        Ok(Self { child, input, output, errors: Some(errors), text: String::new(), clocks, begun })
+    }
+
+    /// Counts the processor time of another process, which works for this one, as its own.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn count(&mut self, other: &Child) -> Result<()> {
+        self.clocks.push(clock_of(other)?);
+        Ok(())
     }
 
     /// Waits for a line of output that contains `mark`; gives what follows the mark, and when the first of it came.
@@ -272,8 +286,10 @@ impl Running {
     /// # Errors
     /// It has been waited for.
     pub fn now(&self) -> Result<Moment> {
-        let cpu = self.clock.now().context("the process has no clock any more")?;
-        Ok(Moment { wall: self.begun.elapsed(), cpu: cpu.into() })
+        let wall = self.begun.elapsed();
+        let times = self.clocks.iter().map(|clock| clock.now().map(Duration::from));
+        let cpu = times.sum::<Result<_, _>>().context("the process has no clock any more")?;
+        Ok(Moment { wall, cpu })
     }
 
     /// How much memory it uses beside guest RAM, page tables included, in MiB (proc_pid_smaps(5)). What is

@@ -1,10 +1,12 @@
 //! TCP between a guest and its host, in QEMU and in Lodge, side by side: through the network that needs no rights, or over TAP devices on a
 //! bridge.
 
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,14 +30,20 @@ const BRIDGE: &str = "ip link set lo up; ip link add br0 type bridge; ip addr ad
 /// What a guest does there before it begins: the last byte of its card's address is that of its own.
 const ADDRESS: &str = "ip addr add 10.0.3.$((0x$(cut -d: -f6 /sys/class/net/eth0/address)))/24 dev eth0; ";
 
-/// How long the network helper may take to start.
+/// QEMU's card.
+const CARD: &str = "virtio-net-pci,netdev=net,disable-legacy=on";
+/// What QEMU may have for its network instead of its own, and how an engine of QEMU's is called that has it.
+const PASST: &str = "passt";
+const WITH_PASST: &str = "+passt";
+
+/// How long the network helper, or passt, may take to start.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// `lodge-bench network`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What to measure: `tcg` is QEMU's translator, the others are engines of Lodge's. The first is what the others are compared
-    /// with
+    /// What to measure: `tcg` is QEMU's translator, `tcg+passt` the same with passt for its network (not Debian 12's, which never ends
+    /// a connection that one side has ended); the others are engines of Lodge's. The first is what the others are compared with
     #[arg(long, value_delimiter = ',', default_value = "tcg,translate")]
     engine: Vec<String>,
     /// How often; the medians count
@@ -85,10 +93,25 @@ pub fn run(args: &Args) -> Result<()> {
     let kind = if args.tap { "TAP devices on a bridge" } else { "user-mode network" };
     println!("{kind}, {} ms each, medians of {}", args.millis, args.rounds);
     let mut places = Vec::new();
+    let mut passts = Vec::new();
     for engine in &args.engine {
-        let mut command = guest.setup.command(engine)?;
-        connect(&mut command, engine, helper.as_ref());
-        places.push(Place::start(engine, &mut command)?);
+        let monitor = engine.strip_suffix(WITH_PASST);
+        let mut command = guest.setup.command(monitor.unwrap_or(engine))?;
+        if monitor.is_none() {
+            connect(&mut command, engine, helper.as_ref());
+            places.push(Place::start(engine, &mut command)?);
+            continue;
+        }
+        ensure!(
+            !args.tap && monitor.is_some_and(monitor::is_qemu),
+            "passt is for QEMU, and for no TAP device"
+        );
+        let passt = Passt::start()?;
+        passt.connect(&mut command);
+        let mut place = Place::start(engine, &mut command)?;
+        place.count(&passt.process)?;
+        places.push(place);
+        passts.push(passt);
     }
     rates::compare(&mut places, &PATTERNS, args.rounds, args.millis)
 }
@@ -125,6 +148,56 @@ impl Helper {
     }
 }
 
+/// A user-mode network of somebody else's for one guest of QEMU's. It ends with its value.
+struct Passt {
+    process: Child,
+    directory: tempfile::TempDir,
+}
+
+impl Passt {
+    fn start() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        // Root's becomes nobody before it makes its socket.
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o777))?;
+        let mut command = Command::new(PASST);
+        // The guest's addresses are those of the others.
+        command.args(["--foreground", "--quiet", "-a", "10.0.2.15", "-n", "24", "-g", GATEWAY]);
+        command.arg("--socket").arg(directory.path().join("socket"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let process = command.spawn().context("cannot start passt")?;
+        let mut passt = Self { process, directory };
+        let end = Instant::now() + PATIENCE;
+        while !passt.socket().exists() {
+            ensure!(
+                passt.process.try_wait()?.is_none() && Instant::now() < end,
+                "passt does not start; it needs a default route. --engine says what to measure without it"
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(passt)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    fn connect(&self, command: &mut Command) {
+        let socket = self.socket();
+        command.args([
+            "-netdev",
+            &format!("stream,id=net,server=off,addr.type=unix,addr.path={}", socket.display()),
+        ]);
+        command.args(["-device", CARD]);
+    }
+}
+
+impl Drop for Passt {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
 impl Drop for Helper {
     fn drop(&mut self) {
         let _ = self.process.kill();
@@ -136,12 +209,11 @@ impl Drop for Helper {
 fn connect(command: &mut Command, engine: &str, helper: Option<&Helper>) {
     match (monitor::is_qemu(engine), helper) {
         (true, None) => {
-            command.args(["-netdev", &format!("{NETWORK},id=net"), "-device"]);
-            command.arg("virtio-net-pci,netdev=net,disable-legacy=on");
+            command.args(["-netdev", &format!("{NETWORK},id=net"), "-device", CARD]);
         }
         (true, Some(_)) => {
             command.args(["-netdev", "tap,id=net,ifname=qtap,script=no,downscript=no", "-device"]);
-            command.arg("virtio-net-pci,netdev=net,disable-legacy=on,mac=52:4c:00:00:00:02");
+            command.arg(format!("{CARD},mac=52:4c:00:00:00:02"));
         }
         (false, None) => {
             command.arg("--host-access");

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -80,6 +80,14 @@ impl Place {
         let mut running = Running::start(command)?;
         running.line("@@work ready", monitor::PATIENCE)?;
         Ok(Self { engine: engine.into(), running, samples: BTreeMap::new() })
+    }
+
+    /// Counts the processor time of another process, which works for the monitor, as its own.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn count(&mut self, other: &Child) -> Result<()> {
+        self.running.count(other)
     }
 
     fn measure(&mut self, pattern: &'static str, millis: u64) -> Result<()> {
