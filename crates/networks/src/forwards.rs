@@ -240,15 +240,18 @@ async fn carry(
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::net::{Ipv6Addr, Shutdown, TcpStream};
+    use std::net::{Shutdown, TcpStream};
 
     use super::*;
 
     const GUEST: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
-    /// A port of IPv6's loopback that leads to the same one of the guest's, as which IPv4's stands.
+    /// Where the host listens: not every host that tests run on has IPv6.
+    const HOST: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
+
+    /// A port of the host's that leads to the same one of the guest's.
     fn forward(protocol: Protocol, port: u16) -> Forward {
-        Forward { protocol, listen: SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port), port }
+        Forward { protocol, listen: SocketAddr::new(HOST.into(), port), port }
     }
 
     fn read_all(mut stream: &TcpStream) -> Vec<u8> {
@@ -299,7 +302,7 @@ mod tests {
         let server = UdpSocket::bind((GUEST, 0)).unwrap();
         let forward = forward(Protocol::Udp, server.local_addr().unwrap().port());
         let _forwards = Forwards::new(GUEST, &[forward]).unwrap();
-        let clients: Vec<_> = (0..20).map(|_| UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).unwrap()).collect();
+        let clients: Vec<_> = (0..20).map(|_| UdpSocket::bind((HOST, 0)).unwrap()).collect();
         let mut buffer = vec![0; LONGEST];
         for length in [0, 1, 9000, 60000] {
             for (number, client) in clients.iter().enumerate() {
@@ -333,7 +336,7 @@ mod tests {
 
     #[test]
     fn a_port_that_is_taken_is_named() {
-        let other = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let other = TcpListener::bind((HOST, 0)).unwrap();
         let forward = forward(Protocol::Tcp, other.local_addr().unwrap().port());
         let Err(Error::Listen { forward: refused, .. }) = Forwards::new(GUEST, &[forward]) else {
             panic!("two listen at {}", forward.listen)
