@@ -36,6 +36,8 @@ const CARD: &str = "virtio-net-pci,netdev=net,disable-legacy=on";
 const PASST: &str = "passt";
 const WITH_PASST: &str = "+passt";
 
+/// Where a service's directory has its socket.
+const SOCKET: &str = "socket";
 /// How long the network helper, or passt, may take to start.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -73,7 +75,7 @@ pub fn run(args: &Args) -> Result<()> {
         ensure!(inside.status()?.success(), "the measurement in a network namespace failed; it needs root");
         return Ok(());
     }
-    let helper = args.tap.then(Helper::start).transpose()?;
+    let helper = args.tap.then(Service::helper).transpose()?;
     let (host, prepare) = if args.tap { (HOST, ADDRESS) } else { (GATEWAY, "") };
     let listener = TcpListener::bind(if args.tap { "0.0.0.0:0" } else { "127.0.0.1:0" })?;
     let port = listener.local_addr()?.port();
@@ -106,8 +108,13 @@ pub fn run(args: &Args) -> Result<()> {
             !args.tap && monitor.is_some_and(monitor::is_qemu),
             "passt is for QEMU, and for no TAP device"
         );
-        let passt = Passt::start()?;
-        passt.connect(&mut command);
+        let passt = Service::passt()?;
+        let socket = passt.socket();
+        command.args([
+            "-netdev",
+            &format!("stream,id=net,server=off,addr.type=unix,addr.path={}", socket.display()),
+        ]);
+        command.args(["-device", CARD]);
         let mut place = Place::start(engine, &mut command)?;
         place.count(&passt.process)?;
         places.push(place);
@@ -116,89 +123,63 @@ pub fn run(args: &Args) -> Result<()> {
     rates::compare(&mut places, &PATTERNS, args.rounds, args.millis)
 }
 
-/// A bridge, and the network helper that connects guests to it. It ends with its value.
-struct Helper {
+/// A program that monitors find at a socket. It ends with its value.
+struct Service {
     process: Child,
     directory: tempfile::TempDir,
 }
 
-impl Helper {
-    fn start() -> Result<Self> {
+impl Service {
+    /// A bridge, and the network helper that connects guests to it.
+    fn helper() -> Result<Self> {
         ensure!(
             Command::new("sh").args(["-ec", BRIDGE]).status()?.success(),
             "there is no bridge; is `ip` there?"
         );
         let directory = tempfile::tempdir()?;
         let mut command = Command::new(monitor::sibling("lodge-netd")?);
-        for (option, name) in [("--socket", "socket"), ("--state", "state"), ("--runtime", "run")] {
+        for (option, name) in [("--state", "state"), ("--runtime", "run")] {
             command.arg(option).arg(directory.path().join(name));
         }
-        let process = command.spawn().context("cannot start the network helper")?;
-        let helper = Self { process, directory };
-        let end = Instant::now() + PATIENCE;
-        while !helper.socket().exists() {
-            ensure!(Instant::now() < end, "the network helper does not start");
-            thread::sleep(Duration::from_millis(20));
-        }
-        Ok(helper)
+        Self::start(&mut command, directory, "the network helper does not start")
     }
 
-    fn socket(&self) -> PathBuf {
-        self.directory.path().join("socket")
-    }
-}
-
-/// A user-mode network of somebody else's for one guest of QEMU's. It ends with its value.
-struct Passt {
-    process: Child,
-    directory: tempfile::TempDir,
-}
-
-impl Passt {
-    fn start() -> Result<Self> {
+    /// A user-mode network of somebody else's for one guest of QEMU's.
+    fn passt() -> Result<Self> {
         let directory = tempfile::tempdir()?;
         // Root's becomes nobody before it makes its socket.
         fs::set_permissions(directory.path(), Permissions::from_mode(0o777))?;
         let mut command = Command::new(PASST);
         // The guest's addresses are those of the others.
         command.args(["--foreground", "--quiet", "-a", "10.0.2.15", "-n", "24", "-g", GATEWAY]);
-        command.arg("--socket").arg(directory.path().join("socket"));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let process = command.spawn().context("cannot start passt")?;
-        let mut passt = Self { process, directory };
+        Self::start(
+            &mut command,
+            directory,
+            "passt does not start; it needs a default route. --engine says what to measure without it",
+        )
+    }
+
+    /// Starts it, and waits until its socket is there.
+    fn start(command: &mut Command, directory: tempfile::TempDir, why_not: &str) -> Result<Self> {
+        let socket = directory.path().join(SOCKET);
+        let process = command.arg("--socket").arg(&socket).spawn();
+        let process = process.with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        let mut service = Self { process, directory };
         let end = Instant::now() + PATIENCE;
-        while !passt.socket().exists() {
-            ensure!(
-                passt.process.try_wait()?.is_none() && Instant::now() < end,
-                "passt does not start; it needs a default route. --engine says what to measure without it"
-            );
+        while !socket.exists() {
+            ensure!(service.process.try_wait()?.is_none() && Instant::now() < end, "{why_not}");
             thread::sleep(Duration::from_millis(20));
         }
-        Ok(passt)
+        Ok(service)
     }
 
     fn socket(&self) -> PathBuf {
-        self.directory.path().join("socket")
-    }
-
-    fn connect(&self, command: &mut Command) {
-        let socket = self.socket();
-        command.args([
-            "-netdev",
-            &format!("stream,id=net,server=off,addr.type=unix,addr.path={}", socket.display()),
-        ]);
-        command.args(["-device", CARD]);
+        self.directory.path().join(SOCKET)
     }
 }
 
-impl Drop for Passt {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-impl Drop for Helper {
+impl Drop for Service {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
@@ -206,7 +187,7 @@ impl Drop for Helper {
 }
 
 /// Adds the network to a monitor's command.
-fn connect(command: &mut Command, engine: &str, helper: Option<&Helper>) {
+fn connect(command: &mut Command, engine: &str, helper: Option<&Service>) {
     match (monitor::is_qemu(engine), helper) {
         (true, None) => {
             command.args(["-netdev", &format!("{NETWORK},id=net"), "-device", CARD]);

@@ -45,11 +45,16 @@ impl Card {
         }
     }
 
+    /// It is a MacVTap.
+    fn is_direct(&self) -> bool {
+        matches!(self.to, Target::Direct { .. })
+    }
+
     /// What it may send and be sent. `net`: its network.
     pub(crate) fn filter<'a>(&'a self, net: Option<&Net>) -> Filter<'a> {
         Filter {
             interface: &self.interface,
-            reversed: matches!(self.to, Target::Direct { .. }),
+            reversed: self.is_direct(),
             mac: self.mac,
             address: self.address,
             ipv6: net.map(|net| (net.ipv6, [net.ipv6.addr(), link_local(net.mac())])),
@@ -60,11 +65,7 @@ impl Card {
 
     /// Whose IPv6 addresses it has.
     pub(crate) fn source(&self) -> savi::Source<'_> {
-        savi::Source {
-            interface: &self.interface,
-            reversed: matches!(self.to, Target::Direct { .. }),
-            uid: self.uid,
-        }
+        savi::Source { interface: &self.interface, reversed: self.is_direct(), uid: self.uid }
     }
 }
 

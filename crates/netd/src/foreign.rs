@@ -349,7 +349,7 @@ fn number(right: &Value, number: u16) -> Truth {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn packet(answers: bool) -> Packet<'static> {
@@ -368,6 +368,12 @@ mod tests {
         }
     }
 
+    /// Whether what a guest sends is dropped, and its answer.
+    pub(crate) fn drops_either(ruleset: &Value) -> (bool, bool) {
+        let rules = Rules::new(ruleset);
+        (!rules.droppers(&packet(false)).is_empty(), !rules.droppers(&packet(true)).is_empty())
+    }
+
     /// Whether a chain with these rules drops the first packet, and an answer.
     fn drops(policy: &str, rules: &[Value]) -> (bool, bool) {
         let mut all = vec![
@@ -378,9 +384,7 @@ mod tests {
         all.extend(rules.iter().map(
             |expr| json!({ "rule": { "family": "ip", "table": "filter", "chain": "FORWARD", "expr": expr } }),
         ));
-        let ruleset = json!({ "nftables": all });
-        let rules = Rules::new(&ruleset);
-        (!rules.droppers(&packet(false)).is_empty(), !rules.droppers(&packet(true)).is_empty())
+        drops_either(&json!({ "nftables": all }))
     }
 
     fn link(key: &str, name: &str) -> Value {

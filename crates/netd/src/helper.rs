@@ -111,8 +111,8 @@ impl Helper {
         for card in dead {
             self.unplug(&card).await;
         }
-        let devices: BTreeSet<_> = self.cards.values().filter_map(|card| self.savi_device(card)).collect();
-        let devices: BTreeSet<_> = devices.into_iter().map(str::to_owned).collect();
+        let devices = self.cards.values().filter_map(|card| self.savi_device(card));
+        let devices: BTreeSet<_> = devices.map(str::to_owned).collect();
         for device in &devices {
             // Another version of the helper may have made sets of another kind.
             if self.set_savi(device, "").await.is_err() {

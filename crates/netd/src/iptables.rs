@@ -213,7 +213,7 @@ fn set(value: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::foreign::{Packet, Rules};
+    use crate::foreign::tests::drops_either;
 
     /// Whether these rules drop what a guest sends, and its answer.
     fn drops(policy: &str, lines: &[&str]) -> (bool, bool) {
@@ -221,22 +221,7 @@ mod tests {
             "# by hand\n*filter\n:FORWARD {policy} [0:0]\n:own - [0:0]\n-A own -s 192.168.122.0/24 -j RETURN\n-A own -j DROP\n{}\nCOMMIT\n",
             lines.join("\n")
         );
-        let ruleset = json!({ "nftables": rules("ip", LEGACY, &text) });
-        let rules = Rules::new(&ruleset);
-        let [guest, world] = ["192.168.122.9", "203.0.113.1"].map(|address| address.parse().unwrap());
-        let packet = |from, to, iif, oif, answers| Packet {
-            hook: "forward",
-            iif: Some(iif),
-            oif: Some(oif),
-            from,
-            to,
-            protocol: "tcp",
-            port: 443,
-            answers,
-        };
-        let (out, back) =
-            (packet(guest, world, "virbr0", "eth0", false), packet(world, guest, "eth0", "virbr0", true));
-        (!rules.droppers(&out).is_empty(), !rules.droppers(&back).is_empty())
+        drops_either(&json!({ "nftables": rules("ip", LEGACY, &text) }))
     }
 
     #[test]

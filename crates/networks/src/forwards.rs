@@ -115,11 +115,10 @@ impl Guest {
 
 impl Listener {
     fn new(forward: &Forward) -> io::Result<Self> {
-        let (family, kind) = match (forward.listen, forward.protocol) {
-            (SocketAddr::V4(_), Protocol::Tcp) => (AddressFamily::INET, SocketType::STREAM),
-            (SocketAddr::V4(_), Protocol::Udp) => (AddressFamily::INET, SocketType::DGRAM),
-            (SocketAddr::V6(_), Protocol::Tcp) => (AddressFamily::INET6, SocketType::STREAM),
-            (SocketAddr::V6(_), Protocol::Udp) => (AddressFamily::INET6, SocketType::DGRAM),
+        let family = if forward.listen.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+        let kind = match forward.protocol {
+            Protocol::Tcp => SocketType::STREAM,
+            Protocol::Udp => SocketType::DGRAM,
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(family, kind, flags, None)?;

@@ -28,6 +28,8 @@ pub struct Ready {
     pub token: Token,
     pub readable: bool,
     pub writable: bool,
+    /// There is an error to be told, or its end has come.
+    pub failed: bool,
 }
 
 impl Token {
@@ -101,11 +103,12 @@ impl Host {
         ready.clear();
         ready.extend(events.iter().map(|event| {
             let flags = event.flags;
-            let ended = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+            let failed = flags.intersects(EventFlags::ERR | EventFlags::HUP);
             Ready {
                 token: Token::of(event.data.u64()),
-                readable: ended || flags.intersects(EventFlags::IN | EventFlags::RDHUP),
-                writable: ended || flags.contains(EventFlags::OUT),
+                readable: failed || flags.intersects(EventFlags::IN | EventFlags::RDHUP),
+                writable: failed || flags.contains(EventFlags::OUT),
+                failed,
             }
         }));
         if ready.iter().any(|ready| ready.token == Token::Wake) {

@@ -194,12 +194,15 @@ impl Stack {
 
     /// A socket of the host's is ready.
     pub fn is_ready(&mut self, ready: Ready, host: &Host) {
-        let Ready { token, readable, writable } = ready;
+        let Ready { token, readable, writable, failed } = ready;
         match token {
             Token::Wake => {}
             Token::Tcp(index) => self.connections.is_ready(index, readable, writable, &mut self.outlet),
             Token::Ping(index) => self.pings.receive(index, &mut self.outlet),
             Token::Udp(index) if readable => {
+                if failed {
+                    self.datagrams.tell_errors(index, &mut self.outlet);
+                }
                 let gateway = |like| self.plan.gateway_like(like);
                 if self.datagrams.receive(index, &self.rules, gateway, &mut self.outlet) {
                     self.resolvers.answered();

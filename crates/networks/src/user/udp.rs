@@ -273,6 +273,13 @@ impl Datagrams {
         failed.map_or(Ok(()), Err)
     }
 
+    /// Tells the guest of its datagrams by a socket that got nowhere.
+    pub fn tell_errors(&self, index: usize, outlet: &mut Outlet) {
+        if let Some(socket) = self.all.get(index) {
+            socket.tell_errors(outlet);
+        }
+    }
+
     /// Hands the guest what has come for it. `gateway` is who hosts without an address of their own are to it. Whether a name
     /// server has answered.
     pub fn receive(
@@ -283,14 +290,13 @@ impl Datagrams {
         outlet: &mut Outlet,
     ) -> bool {
         let Some(socket) = self.all.get_mut(index) else { return false };
-        socket.tell_errors(outlet);
         let mut bytes = vec![0; LONGEST];
         let mut names = false;
         for _ in 0..MOST_AT_ONCE {
             let (len, from) = match socket.host.recv_from(&mut bytes) {
                 Ok(got) => got,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // The guest has been told.
+                // The guest is told by the socket's queue of errors.
                 Err(_) => continue,
             };
             let (peer, port) = (from.ip().to_canonical(), socket.guest.port());
