@@ -83,14 +83,13 @@ fn tell(request: &Request) -> anyhow::Result<ExitCode> {
 
 /// `lodge net`.
 pub fn net(command: &Net) -> anyhow::Result<ExitCode> {
-    let network = |name: &String| name.clone();
     match command {
         Net::Ls { json } => list(*json),
         Net::Create(args) => tell(&Request::Create(Box::new(described(args)?))),
         Net::Inspect { name, json } => inspect(name, *json),
-        Net::Start { name } => tell(&Request::Start { network: network(name) }),
-        Net::Stop { name, force } => tell(&Request::Stop { network: network(name), force: *force }),
-        Net::Rm { name, force } => tell(&Request::Remove { network: network(name), force: *force }),
+        Net::Start { name } => tell(&Request::Start { network: name.clone() }),
+        Net::Stop { name, force } => tell(&Request::Stop { network: name.clone(), force: *force }),
+        Net::Rm { name, force } => tell(&Request::Remove { network: name.clone(), force: *force }),
         Net::Leases { name, json } => leases(name, *json),
         Net::Check { name, json } => check(name.clone(), *json),
         Net::Apply { file } => tell(&Request::Apply(Box::new(declared(file)?))),
